@@ -1,0 +1,1 @@
+"""Adding answers, verdicts and labels to rows."""

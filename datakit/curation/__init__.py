@@ -1,0 +1,1 @@
+"""Choosing rows: deduplication, decontamination, subset selection."""

@@ -1,0 +1,118 @@
+"""Published configs: from record tables to Parquet files that any reader takes.
+
+`default` is the recipe's last kind; for pairs that is TRL's explicit conversational form (prompt,
+chosen and rejected as lists of role and content). `ratings` holds all candidates with their
+verdicts. Files are written by pyarrow, with page index and content-defined chunks and without
+notes of another library, so that old readers and the Hub's viewer take them.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datakit.records import Pair, Record, from_frame
+from datakit.versions import PublishedFile, flatten
+
+ROW_GROUP = 10_000
+
+
+def published(
+    kind: type[Record], frame: pl.DataFrame, measures: list[str], labels: list[str]
+) -> pl.DataFrame:
+    """A record table as one config publishes it: the row's own fields first."""
+    flat = flatten(kind, frame, measures, labels)
+    first = ["id", *kind.own]
+    if kind is Pair:
+        keys = [row.pair_key for row in from_frame(Pair, frame)]
+        flat = flat.with_columns(pl.Series("pair_key", keys, dtype=pl.String()))
+        first = ["id", "pair_key", *kind.own]
+    return flat.select(*first, pl.exclude(first))
+
+
+def row_hashes(frame: pl.DataFrame) -> pl.DataFrame:
+    """`id` and `hash` of every row: blake2b over its JSON with the columns in name order."""
+    names = sorted(frame.columns)
+    hashes: list[str] = []
+    for start in range(0, frame.height, ROW_GROUP):
+        lines = frame.slice(start, ROW_GROUP).select(names).write_ndjson().encode().splitlines()
+        hashes += [hashlib.blake2b(line, digest_size=16).hexdigest() for line in lines]
+    return frame.select("id").with_columns(pl.Series("hash", hashes, dtype=pl.String()))
+
+
+class ConfigWriter:
+    """Writes one config into `<folder>/<config>/<split>-00000-of-00001.parquet`, batch by batch."""
+
+    def __init__(self, folder: Path, config: str) -> None:
+        self._folder = folder
+        self._config = config
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._rows: dict[str, int] = {}
+        self._hashes: list[pl.DataFrame] = []
+
+    def write(self, frame: pl.DataFrame) -> None:
+        """Rows in order; each goes to the file of its column `split`."""
+        self._hashes.append(row_hashes(frame))
+        for (split,), part in frame.group_by("split", maintain_order=True):
+            table = _plain(part.to_arrow())
+            name = str(split)
+            if name not in self._writers:
+                path = self._folder / self._config / f"{name}-00000-of-00001.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._writers[name] = pq.ParquetWriter(
+                    path,
+                    table.schema,
+                    compression="zstd",
+                    write_page_index=True,
+                    use_content_defined_chunking=True,
+                )
+            self._writers[name].write_table(table, row_group_size=ROW_GROUP)
+            self._rows[name] = self._rows.get(name, 0) + part.height
+
+    def close(self) -> tuple[list[PublishedFile], pl.DataFrame]:
+        """The files, and `id` and `hash` of every row written."""
+        files: list[PublishedFile] = []
+        for split, writer in sorted(self._writers.items()):
+            writer.close()
+            name = f"{self._config}/{split}-00000-of-00001.parquet"
+            files.append(described(self._folder, name, self._config, split, self._rows[split]))
+        none = pl.DataFrame(schema={"id": pl.String(), "hash": pl.String()})
+        return files, pl.concat([none, *self._hashes])
+
+
+def described(folder: Path, name: str, config: str, split: str, rows: int) -> PublishedFile:
+    """The manifest's line for a file that is written."""
+    path = folder / name
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return PublishedFile(
+        path=name, config=config, split=split, rows=rows, bytes=path.stat().st_size, sha256=sha256
+    )
+
+
+def dataset_digest(hashes: Iterable[tuple[str, pl.DataFrame]]) -> str:
+    """Hash over every published column of every config in id order; files do not matter."""
+    whole = hashlib.blake2b(digest_size=16)
+    for config, frame in sorted(hashes, key=lambda one: one[0]):
+        whole.update(f"{config}\n".encode())
+        for row_id, row_hash in frame.sort("id", "hash").iter_rows():
+            whole.update(f"{row_id} {row_hash}\n".encode())
+    return whole.hexdigest()
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without the `large_` types, which not every reader knows."""
+    return table.cast(pa.schema([(field.name, _small(field.type)) for field in table.schema]))
+
+
+def _small(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_list(kind) or pa.types.is_list(kind):
+        return pa.list_(_small(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _small(field.type)) for field in kind.fields])
+    return kind

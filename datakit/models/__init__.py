@@ -1,0 +1,1 @@
+"""Models: specs, endpoints, the shipped fake, the ledger of answers, embedders."""

@@ -1,0 +1,142 @@
+"""Any OpenAI-compatible endpoint, chat and text completions, over the openai package.
+
+The package's own retries are off: failures are told apart here. A wrong key or an unknown model
+stops the run; a request that the endpoint calls bad, and one that a filter blocks, fail its row;
+rate limits, overload, timeouts, cut connections and malformed bodies are tried again with
+exponential backoff and jitter, honouring Retry-After, and then leave the row unanswered.
+"""
+
+import asyncio
+import json
+import random
+from typing import Any
+
+from datakit.errors import EndpointError, Refused, Rejected, Unanswered
+from datakit.models.chat import Ask, OpenAISpec, Reply, wire_request
+from datakit.models.ledger import Meter
+from datakit.text import shorten
+
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 60.0
+
+
+class OpenAIChat:
+    """A ChatModel over HTTP. The connection pool opens with the first request."""
+
+    def __init__(self, spec: OpenAISpec, meter: Meter) -> None:
+        self._spec = spec
+        self._meter = meter
+        self._client: Any = None
+
+    @property
+    def identity(self) -> str:
+        return self._spec.resolved_identity()
+
+    async def answer(self, ask: Ask) -> Reply:
+        """One reply. Raises EndpointError, Rejected, Refused, or Unanswered after all retries."""
+        path = "/chat/completions" if ask.prefix is None else "/completions"
+        body = {"model": self._spec.model} | wire_request(self._spec, ask)
+        wait_s = _FIRST_WAIT_S
+        for attempt in range(self._spec.retries + 1):
+            try:
+                return await self._once(path, body)
+            except _Transient as failure:
+                self._meter.failed += 1
+                if attempt == self._spec.retries:
+                    raise Unanswered(
+                        failure.reason,
+                        f"{failure} after {attempt + 1} tries at {self._spec.base_url}",
+                    ) from failure
+                pause_s = failure.retry_after_s
+                if pause_s is None:
+                    # Jitter is wall-clock behaviour, not data: it needs no seed.
+                    pause_s = wait_s * random.uniform(0.5, 1.0)
+                await asyncio.sleep(min(pause_s, _LONGEST_WAIT_S))
+                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+        raise AssertionError("the last try returns or raises")
+
+    async def _once(self, path: str, body: dict[str, Any]) -> Reply:
+        import openai
+
+        try:
+            client = self._open()
+            payload = await client.post(path, body=body, cast_to=object)
+        except openai.APIStatusError as error:
+            raise _classified(error, self._spec) from error
+        except openai.APITimeoutError as error:
+            raise _Transient("timeout", f"no answer within {self._spec.timeout_s:g} s") from error
+        except openai.APIConnectionError as error:
+            raise _Transient("connection", f"connection failed: {error.__cause__}") from error
+        except (json.JSONDecodeError, openai.APIResponseValidationError) as error:
+            raise _Transient("malformed_body", "the body is not JSON") from error
+        return _read(payload)
+
+    def _open(self) -> Any:
+        if self._client is None:
+            import openai
+
+            self._client = openai.AsyncOpenAI(
+                base_url=self._spec.base_url,
+                api_key=self._spec.api_key(),
+                max_retries=0,
+                timeout=self._spec.timeout_s,
+                # The default transport slows down as connections grow; this one does not.
+                http_client=openai.DefaultAioHttpClient(timeout=self._spec.timeout_s),
+            )
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+
+class _Transient(Exception):
+    """A failure that another try may heal."""
+
+    def __init__(self, reason: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+def _classified(error: Any, spec: OpenAISpec) -> Exception:
+    """The one policy for each HTTP status."""
+    status: int = error.status_code
+    said = shorten(str(error.message), 200)
+    if status in (401, 403):
+        where = f"in {spec.api_key_env!r}" if spec.api_key_env else "(api_key_env is not set)"
+        return EndpointError(f"{spec.base_url} refuses the key {where} with {status}: {said}")
+    if status == 404:
+        return EndpointError(f"{spec.base_url} does not know model {spec.model!r}: {said}")
+    if status == 408 or status == 409 or status == 429 or status >= 500:
+        reason = "rate_limited" if status == 429 else f"http_{status}"
+        header = error.response.headers.get("retry-after", "")
+        wait_s = float(header) if header.replace(".", "", 1).isdigit() else None
+        return _Transient(reason, f"{status}: {said}", wait_s)
+    if "content" in said.lower() and ("filter" in said.lower() or "policy" in said.lower()):
+        return Refused("content_filter", f"{status}: {said}")
+    return Rejected("bad_request", f"{spec.base_url} answers {status}: {said}")
+
+
+def _read(payload: Any) -> Reply:
+    """The reply in a completions body; a body of another shape counts as malformed."""
+    try:
+        choice = payload["choices"][0]
+        message = choice.get("message") or {"content": choice["text"]}
+        usage = payload.get("usage") or {}
+        return Reply(
+            text=_text(message.get("content")),
+            reasoning=_text(message.get("reasoning_content") or message.get("reasoning")),
+            finish_reason=choice.get("finish_reason") or "",
+            input_tokens=usage.get("prompt_tokens") or 0,
+            output_tokens=usage.get("completion_tokens") or 0,
+            logprobs=choice.get("logprobs"),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        body = shorten(str(payload), 120)
+        raise _Transient("malformed_body", f"not a completion: {body}") from error
+
+
+def _text(value: str | None) -> str:
+    """A text that UTF-8 can hold: half a surrogate pair, as JSON escapes allow, is replaced."""
+    return (value or "").encode("utf-8", "replace").decode("utf-8")

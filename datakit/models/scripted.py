@@ -1,0 +1,105 @@
+"""The fake model that ships: an answer is a pure function of the request.
+
+The default script fits the request. Where a JSON schema is asked for, it gives the smallest valid
+answer, and where the schema lets it choose between labels whose texts stand in the request as
+`<answer_a> ... </answer_a>`, it prefers the text with the larger hash: an opinion that does not
+depend on the order shown. Otherwise it gives a short text seeded by the request.
+"""
+
+import importlib
+import json
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+from datakit.errors import InputError
+from datakit.models.chat import Ask, Reply, ScriptedSpec, wire_request
+from datakit.text import digest
+
+_TEXT = (
+    "begin with the plan then check each step against the goal and write the result plainly "
+    "if something is missing say so ask for it and go on with what is known"
+)
+_BLOCK = re.compile(r"<answer_([a-z])(_*)>\n?(.*?)\n?</answer_\1\2>", re.DOTALL)
+
+Script = Callable[[dict[str, Any], int], str]
+
+
+class Scripted:
+    """A ChatModel over a script; never fails, never waits."""
+
+    def __init__(self, spec: ScriptedSpec) -> None:
+        self._spec = spec
+        self._script: Script | None = None if spec.script == "default" else _find(spec.script)
+
+    @property
+    def identity(self) -> str:
+        return self._spec.resolved_identity()
+
+    async def answer(self, ask: Ask) -> Reply:
+        request = wire_request(self._spec, ask)
+        if self._script is not None:
+            text = self._script(request, ask.draw)
+        elif ask.answer_schema is not None:
+            text = json.dumps(_smallest(ask.answer_schema, _preferred_label(request)))
+        else:
+            text = _some_text(digest([self.identity, request, ask.draw]))
+        words = len(json.dumps(request).split())
+        return Reply(
+            text=text,
+            finish_reason="stop",
+            input_tokens=words,
+            output_tokens=len(text.split()),
+        )
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+def _find(path: str) -> Script:
+    module_name, _, function = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"script {path!r} is not `default` and not an importable `module:function`: {error}"
+        ) from error
+
+
+def _some_text(seed: str) -> str:
+    rng = random.Random(seed)
+    words = rng.choices(_TEXT.split(), k=rng.randint(12, 40))
+    return " ".join(words).capitalize() + "."
+
+
+def _preferred_label(request: dict[str, Any]) -> str | None:
+    """The label in the request whose text has the larger hash; None where there are no labels."""
+    texts = "\n".join(str(turn["content"]) for turn in request.get("messages", ()))
+    blocks = [(digest(text.strip()), label) for label, _, text in _BLOCK.findall(texts)]
+    return max(blocks)[1].upper() if blocks else None
+
+
+def _smallest(schema: dict[str, Any], label: str | None) -> Any:
+    """The smallest value valid under a JSON schema, choosing `label` where an enum holds it."""
+    if "enum" in schema:
+        return label if label in schema["enum"] else schema["enum"][0]
+    if "const" in schema:
+        return schema["const"]
+    if "anyOf" in schema:
+        return _smallest(schema["anyOf"][0], label)
+    match schema.get("type"):
+        case "object":
+            properties = schema.get("properties", {})
+            required = schema.get("required", properties)
+            return {name: _smallest(properties[name], label) for name in required}
+        case "array":
+            return [_smallest(schema["items"], label)] * schema.get("minItems", 0)
+        case "string":
+            return "x" * schema.get("minLength", 0) or "scripted"
+        case "integer" | "number":
+            return schema.get("minimum", 0)
+        case "boolean":
+            return False
+        case _:
+            return None

@@ -1,0 +1,342 @@
+"""From a run's parts to an immutable version: splits, configs, gate, number, manifest.
+
+A version is written whole into a draft folder and then renamed into place, so it exists or it does
+not. Who loses a race for a number starts again against the winner's version.
+"""
+
+import errno
+import importlib.metadata
+import platform
+import shutil
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from datakit.diff import Change, compare, next_version
+from datakit.engine import Markers
+from datakit.errors import GateFailed, OutsideError, Rejected
+from datakit.export import ConfigWriter, dataset_digest, described, published, row_hashes
+from datakit.lineage import (
+    REJECTS,
+    chunks,
+    duplicate_roots,
+    funnel,
+    rejects,
+    source_roots,
+)
+from datakit.models.chat import ChatSpec, EmbedSpec
+from datakit.recipe import Recipe
+from datakit.records import KINDS, Candidates, Record, from_frame
+from datakit.report.card import render_card
+from datakit.report.numbers import gate, report_numbers
+from datakit.report.page import render_page
+from datakit.session import Settings
+from datakit.splits import ROOTS, Splits, assign_splits
+from datakit.step import roles
+from datakit.store import Done, Store, write_json
+from datakit.text import digest
+from datakit.versions import (
+    Manifest,
+    ModelCard,
+    Parent,
+    PublishedFile,
+    StepCount,
+    Version,
+    dataset_folder,
+    find_version,
+    measure_names,
+    open_version,
+    version_numbers,
+)
+
+_PACKAGES = ("polars", "pyarrow", "pydantic")
+
+
+def release(recipe: Recipe, settings: Settings, markers: Markers) -> tuple[Version, bool]:
+    """The version of a finished run, and whether it is new.
+
+    The same rows under the same recipe are the version that exists. Raises GateFailed after
+    writing the version to `candidates/`.
+    """
+    name = recipe.name if settings.limit is None else f"{recipe.name}-limit-{settings.limit}"
+    while True:
+        known = version_numbers(settings.outputs, name)
+        before = find_version(settings.outputs, f"{name}@{known[-1]}") if known else None
+        draft = _Draft(recipe, settings, markers, name, before)
+        if before is not None and before.manifest.run_digest == draft.run_digest:
+            return before, False
+        try:
+            draft.write()
+            if before is not None and draft.is_same_as(before):
+                return before, False
+            return draft.publish(), True
+        except FileExistsError:
+            continue
+        except GateFailed:
+            raise
+        except OSError as error:
+            raise OutsideError(f"cannot write the version of {name!r}: {error}") from error
+        finally:
+            shutil.rmtree(draft.folder, ignore_errors=True)
+
+
+class _Draft:
+    """A version being written."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Settings,
+        markers: Markers,
+        name: str,
+        before: Version | None,
+    ) -> None:
+        self.recipe = recipe
+        self.settings = settings
+        self.markers = markers
+        self.name = name
+        self.before = before
+        self.store = Store(settings.outputs)
+        self.home = dataset_folder(settings.outputs, name)
+        self.folder = self.home / f".draft-{uuid.uuid4().hex}"
+        self.kinds = recipe.kinds()
+        self.files: list[PublishedFile] = []
+        self.hashes: dict[str, pl.DataFrame] = {}
+        self.configs: dict[str, str] = {}
+        self.report: dict[str, Any] = {}
+        self.recipe_digest = _recipe_digest(recipe)
+        self.run_digest = digest(
+            [
+                self.recipe_digest,
+                [[one.key, one.dropped, one.rows] for step in markers for one in step],
+            ]
+        )
+        self.funnel: tuple[StepCount, ...] = ()
+        self.digest = ""
+
+    def write(self) -> None:
+        """Every file but those that hold the number."""
+        self.folder.mkdir(parents=True)
+        splits = self._splits(self.markers[-1])
+        rated = self._ratings()
+        kind = self.kinds[-1]
+        rows = self._config("default", kind, self.markers[-1], splits)
+        ratings = None
+        if rated is not None:
+            at, rated_kind = rated
+            ratings = self._config("ratings", rated_kind, at, self._splits(at))
+        self.digest = dataset_digest(self.hashes.items())
+        splits.roots.write_parquet(self.folder / "splits.parquet")
+        self._write_rejects(splits)
+        self.funnel = (
+            *funnel(self.markers),
+            StepCount(
+                alias="splits",
+                step="splits",
+                kind=kind.__name__,
+                rows_in=splits.rows.height + splits.bridging.height,
+                kept=splits.rows.height,
+                dropped=splits.bridging.height,
+                reasons={"bridges_splits": splits.bridging.height}
+                if splits.bridging.height
+                else {},
+                unanswered=0,
+            ),
+        )
+        self.report = report_numbers(
+            kind,
+            rows,
+            None if rated is None else rated[1],
+            ratings,
+            self.funnel,
+        )
+
+    def _splits(self, dones: Sequence[Done]) -> Splits:
+        """The split of each row of a step."""
+        schema = pl.Schema({"id": pl.String(), "roots": pl.List(pl.String())})
+        previous = pl.DataFrame(schema=ROOTS)
+        if self.before is not None:
+            previous = pl.read_parquet(self.before.folder / "splits.parquet")
+        return assign_splits(
+            self.store.scan(chunks(dones), schema).select("id", "roots").collect(),
+            source_roots(self.store, self.kinds[0], self.markers[0]),
+            duplicate_roots(self.store, self.markers),
+            previous,
+            self.recipe.splits,
+            self.recipe.seed,
+        )
+
+    def _ratings(self) -> tuple[list[Done], type[Record]] | None:
+        """The last step that gives candidates, where the recipe goes on to something else."""
+        for dones, kind in zip(self.markers[-2::-1], self.kinds[-2::-1], strict=True):
+            if issubclass(kind, Candidates) and not issubclass(self.kinds[-1], Candidates):
+                return dones, kind
+        return None
+
+    def _config(
+        self, config: str, kind: type[Record], dones: Sequence[Done], splits: Splits
+    ) -> pl.DataFrame:
+        """Write one config; returns its rows as a record table."""
+        frames = [
+            self.store.read(chunk)
+            .drop("split")
+            .join(splits.rows, on="id", how="inner", maintain_order="left")
+            .select(kind.table_schema().names())
+            for chunk in chunks(dones)
+        ]
+        rows = pl.concat([pl.DataFrame(schema=kind.table_schema()), *frames])
+        names = measure_names(rows), measure_names(rows, "labels")
+        writer = ConfigWriter(self.folder, config)
+        for frame in frames or [rows]:
+            writer.write(published(kind, frame, *names))
+        files, self.hashes[config] = writer.close()
+        self.files += files
+        self.configs[config] = kind.__name__
+        return rows
+
+    def _write_rejects(self, splits: Splits) -> None:
+        kind = self.kinds[-1]
+        wanted = splits.bridging["id"].implode()
+        bridging = [
+            self.store.read(chunk).filter(pl.col("id").is_in(wanted))
+            for chunk in (chunks(self.markers[-1]) if splits.bridging.height else ())
+        ]
+        lost = [
+            {
+                "step": "splits",
+                "id": row.id,
+                "kind": Rejected.kind,
+                "reason": "bridges_splits",
+                "detail": "its prompt is near rows of two splits",
+                "record": row.model_dump_json(),
+            }
+            for frame in bridging
+            for row in from_frame(kind, frame)
+        ]
+        frames = [*rejects(self.store, self.markers), pl.DataFrame(lost, schema=REJECTS)]
+        pl.concat([pl.DataFrame(schema=REJECTS), *frames]).with_columns(
+            pl.col(pl.String).fill_null(""), pl.col("transient").fill_null(value=False)
+        ).write_parquet(self.folder / "rejects.parquet")
+
+    def is_same_as(self, before: Version) -> bool:
+        """Whether nothing is new: the same rows and a recipe that means the same."""
+        manifest = before.manifest
+        return manifest.digest == self.digest and manifest.recipe_digest == self.recipe_digest
+
+    def publish(self) -> Version:
+        """Number the version and put it in its place.
+
+        Raises FileExistsError where another run took the number, GateFailed where the gate did
+        not hold.
+        """
+        change = self._change()
+        version = "1.0.0"
+        if self.before is not None:
+            version = next_version(self.before.manifest.version, change)
+        verdicts = gate(self.report, self.recipe.gate)
+        failed = {path: said for path, said in verdicts.items() if said != "pass"}
+        manifest = self._manifest(version, change, verdicts)
+        (self.folder / "report.html").write_text(
+            render_page(manifest, self.report), encoding="utf-8"
+        )
+        (self.folder / "README.md").write_text(render_card(manifest, self.report), encoding="utf-8")
+        write_json(self.folder / "report.json", self.report)
+        write_json(self.folder / "manifest.json", manifest.model_dump(mode="json"))
+        if failed:
+            target = self.home / "candidates" / version
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            self.folder.rename(target)
+            said = "; ".join(
+                f"{path}: {why.removeprefix('fail: ')}" for path, why in failed.items()
+            )
+            raise GateFailed(
+                f"{self.name}@{version} did not pass its gate: {said}. It lies in {target}"
+            )
+        target = self.home / "versions" / version
+        target.parent.mkdir(exist_ok=True)
+        _move(self.folder, target)
+        newest = version_numbers(self.settings.outputs, self.name)[-1]
+        write_json(self.home / "latest.json", {"version": newest})
+        return open_version(target)
+
+    def _change(self) -> Change:
+        if self.before is None:
+            return Change(rows_after=self.report["rows"], added=self.report["rows"])
+        kind = KINDS[self.configs["default"]]
+        old = self.before.scan().collect()
+        if self.before.manifest.configs["default"] != kind.__name__:
+            return Change(rows_before=old.height, removed=old.height, added=self.report["rows"])
+        files = [file.path for file in self.files if file.config == "default"]
+        new = (
+            pl.scan_parquet([self.folder / path for path in files]) if files else old.clear().lazy()
+        )
+        return compare(old.lazy(), new, (row_hashes(old), self.hashes["default"]))
+
+    def _manifest(self, version: str, change: Change, verdicts: dict[str, str]) -> Manifest:
+        before = self.before.manifest if self.before else None
+        for name in ("splits.parquet", "rejects.parquet"):
+            rows = pl.scan_parquet(self.folder / name).select(pl.len()).collect().item()
+            self.files.append(described(self.folder, name, "", "", rows))
+        splits: dict[str, int] = {}
+        for file in self.files:
+            if file.config == "default":
+                splits[file.split] = file.rows
+        return Manifest(
+            name=self.name,
+            version=version,
+            digest=self.digest,
+            parent=Parent(version=before.version, digest=before.digest) if before else None,
+            change=change.summary() if before else "first version",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            datakit=importlib.metadata.version("datakit"),
+            description=self.recipe.description,
+            licenses=self.report["licenses"],
+            recipe=self.recipe.plain(),
+            recipe_digest=self.recipe_digest,
+            run_digest=self.run_digest,
+            limit=self.settings.limit,
+            models={role: self._model_card(role) for role in _roles(self.recipe)},
+            funnel=self.funnel,
+            configs=self.configs,
+            splits=splits,
+            gate=verdicts,
+            files=tuple(self.files),
+            environment={"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        )
+
+    def _model_card(self, role: str) -> ModelCard:
+        spec = self.recipe.models[role]
+        assert isinstance(spec, ChatSpec | EmbedSpec)
+        sampling = spec.sampling.over(spec.sampling) if isinstance(spec, ChatSpec) else {}
+        return ModelCard(
+            identity=spec.resolved_identity(),
+            kind=str(spec.model_dump()["kind"]),
+            sampling=dict(sampling),
+        )
+
+
+def _roles(recipe: Recipe) -> list[str]:
+    """The model roles that some step names."""
+    return sorted({role for placed in recipe.steps for _, role, _ in roles(placed.step)})
+
+
+def _recipe_digest(recipe: Recipe) -> str:
+    """What the recipe means: addresses, windows and time limits of models do not count."""
+    models = {role: recipe.models[role].fingerprint() for role in _roles(recipe)}
+    return digest(recipe.plain() | {"models": models})
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Rename a folder; one that is taken is FileExistsError, whatever the system calls it."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(str(error)) from error
+        raise

@@ -1,0 +1,168 @@
+"""A few rows to read, drawn evenly over the margin, with what the judges said of them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import polars as pl
+
+from datakit.records import (
+    Candidates,
+    Conversation,
+    Edit,
+    Judged,
+    Label,
+    Message,
+    Pair,
+    Prompt,
+    Record,
+    from_frame,
+    measure,
+)
+from datakit.versions import measure_names
+
+SAMPLES = 20
+SHOWN_CHARS = 4000
+SHOWN_TURNS = 12
+SHOWN_TEXTS = 8
+REASON_CHARS = 1000
+
+
+def samples(
+    kind: type[Record], rows: pl.DataFrame, judged: pl.DataFrame | None
+) -> list[dict[str, Any]]:
+    """Up to 20 rows as plain data, from the least to the greatest margin; long texts are cut.
+
+    Each text is `{content, more}`: its first 4,000 characters and how many more there are.
+    """
+    margin = _margin_name(rows)
+    records = from_frame(kind, _drawn(rows, margin))
+    ratings = _ratings(records, judged)
+    return [_sample(row, margin, ratings) for row in records]
+
+
+def _margin_name(rows: pl.DataFrame) -> str | None:
+    """The first measure named `margin`; None where no step measured one."""
+    names = measure_names(rows)
+    return next((name for name in names if name.rpartition(".")[2] == "margin"), None)
+
+
+def _drawn(rows: pl.DataFrame, margin: str | None) -> pl.DataFrame:
+    """Rows taken in turn from 20 equal stretches of the margin.
+
+    Ids are hashes: within a stretch their order is as good as a draw, and the same every time.
+    """
+    found = rows.select(
+        "id", margin=pl.lit(None, pl.Float64()) if margin is None else measure(margin)
+    )
+    low, high = pl.col("margin").min(), pl.col("margin").max()
+    place = ((pl.col("margin") - low) / (high - low) * SAMPLES).floor()
+    stretch = pl.when(high > low).then(place.clip(0, SAMPLES - 1)).otherwise(0).fill_null(-1)
+    drawn = (
+        found.with_columns(stretch=stretch)
+        .sort("id")
+        .with_columns(turn=pl.int_range(pl.len()).over("stretch"))
+        .sort("turn", "stretch", "id")
+        .head(SAMPLES)
+        .sort("margin", "id", nulls_last=True)
+    )
+    return (
+        drawn.select("id")
+        .join(rows, on="id", how="left", maintain_order="left")
+        .select(rows.columns)
+    )
+
+
+def _ratings(records: Sequence[Record], judged: pl.DataFrame | None) -> dict[str, Judged]:
+    """The judged parents of the records, by id."""
+    if judged is None:
+        return {}
+    wanted = pl.DataFrame(
+        {"id": sorted({parent for row in records for parent in row.parents})},
+        schema={"id": pl.String()},
+    )
+    found = judged.join(wanted, on="id", how="semi").select(Judged.table_schema().names())
+    return {row.id: row for row in from_frame(Judged, found)}
+
+
+def _sample(row: Record, margin: str | None, ratings: dict[str, Judged]) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "id": row.id,
+        "split": row.split,
+        "margin": row.measures.get(margin) if margin else None,
+        "measures": dict(sorted(row.measures.items())),
+        "labels": dict(sorted(row.labels.items())),
+    }
+    if not isinstance(row, Pair):
+        prompt, texts = _texts(row)
+        return base | {"prompt": _turns(prompt), "texts": texts}
+    parents = [ratings[parent] for parent in row.parents if parent in ratings]
+    return base | {
+        "prompt": _turns(row.prompt),
+        "prompt_rejected": _turns(row.prompt_rejected),
+        "chosen": _turns(row.chosen),
+        "rejected": _turns(row.rejected),
+        "chosen_model": row.chosen_from.model,
+        "rejected_model": row.rejected_from.model,
+        "rationale": _cut(row.rationale),
+        "verdicts": [said for judged in parents for said in _said(row, judged)],
+    }
+
+
+def _said(pair: Pair, judged: Judged) -> Iterable[dict[str, Any]]:
+    """The verdicts that show the pair's two answers, and no other."""
+    sides = {
+        index: side
+        for side, turns, made in (
+            ("chosen", pair.chosen, pair.chosen_from),
+            ("rejected", pair.rejected, pair.rejected_from),
+        )
+        for index, response in enumerate(judged.responses)
+        if len(turns) == 1 and response.text == turns[0].content and response.model == made.model
+    }
+    for verdict in judged.verdicts:
+        shown = [sides.get(index, "") for index in verdict.shown]
+        if not shown or "" in shown:
+            continue
+        best = max(verdict.scores)
+        winners = [s for s, score in zip(shown, verdict.scores, strict=True) if score == best]
+        yield {
+            "judge": verdict.judge,
+            "template": verdict.template,
+            "form": verdict.form,
+            "shown": shown,
+            "scores": list(verdict.scores),
+            "order": f"{shown[0]} first" if len(shown) > 1 else f"{shown[0]} alone",
+            "prefers": "" if len(shown) < 2 else winners[0] if len(winners) == 1 else "tie",
+            "reason": _cut(verdict.reason, REASON_CHARS),
+        }
+
+
+def _texts(row: Record) -> tuple[Sequence[Message], list[dict[str, Any]]]:
+    """What stands before, and the titled texts, of a row that is no pair."""
+    if isinstance(row, Candidates):
+        shown = row.responses[:SHOWN_TEXTS]
+        titles = [one.model or f"response {i}" for i, one in enumerate(shown, 1)]
+        return row.prompt, [
+            {"title": title} | _cut(one.text) for title, one in zip(titles, shown, strict=True)
+        ]
+    if isinstance(row, Label):
+        title = "desirable" if row.desirable else "undesirable"
+        return row.prompt, [{"title": title} | _cut(turn.content) for turn in row.completion]
+    if isinstance(row, Edit):
+        sides = (("draft", row.draft), ("edited", row.edited))
+        return row.context, [{"title": title} | _cut(text) for title, text in sides]
+    if isinstance(row, Prompt | Conversation):
+        return row.messages, []
+    return (), []
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The last 12 turns, and a note of those before."""
+    earlier = len(messages) - SHOWN_TURNS
+    note = f"{earlier:,} earlier turns are not shown"
+    before = [{"role": "note", "content": note, "more": 0}] if earlier > 0 else []
+    return before + [{"role": m.role} | _cut(m.content) for m in messages[-SHOWN_TURNS:]]
+
+
+def _cut(text: str, limit: int = SHOWN_CHARS) -> dict[str, Any]:
+    return {"content": text[:limit], "more": max(0, len(text) - limit)}

@@ -1,0 +1,85 @@
+"""Running a recipe, from Python or a command line: recipe -> parts -> version."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datakit.engine import Spread, execute
+from datakit.models.chat import ChatModel, ChatSpec, EmbedSpec, HashingSpec, ScriptedSpec, Spec
+from datakit.models.identity import default_state
+from datakit.models.ledger import Ledger
+from datakit.recipe import Recipe, load_recipe
+from datakit.release import release
+from datakit.session import Settings, Watch
+from datakit.versions import Version
+from datakit.work import perform
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    outputs: str | Path = "outputs",
+    state: str | Path | None = None,
+    offline: bool = False,
+    lanes: int = 1,
+    spread: Spread | None = None,
+    watch: Watch | None = None,
+    models: Mapping[str, ChatModel] | None = None,
+) -> Version:
+    """Run a recipe and return its version: a new one, or the one that already says the same.
+
+    recipe: a loaded recipe, a file, a shipped name, or a mapping. limit: at most so many source
+    rows, released as `<name>-limit-<n>`. overrides: `path=value` texts. state: the folder of
+    ledger and vectors. spread: who does the works; here, one after another, by default. models:
+    chat models by role that answer instead of the recipe's.
+
+    Raises RecipeError, InputError, GateFailed, Stopped, OutsideError or BugError.
+    """
+    watch = watch or Watch()
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    settings = Settings(
+        outputs=Path(outputs).resolve(),
+        state=Path(state).resolve() if state else default_state(),
+        base=loaded.base,
+        seed=loaded.seed,
+        rows_per_part=loaded.rows_per_part,
+        limit=limit,
+        offline=offline,
+        models=loaded.models,
+    )
+    read_recorded(loaded, settings)
+
+    def here(works: Sequence[Any]) -> list[Any]:
+        return [perform(work, watch, models) for work in works]
+
+    markers = execute(loaded, settings, spread or here, lanes)
+    version, is_new = release(loaded, settings, markers)
+    watch.released(version, is_new)
+    return version
+
+
+def read_recorded(recipe: Recipe, settings: Settings) -> None:
+    """Read the recipe's recorded answers, where it names some, into the ledger."""
+    if recipe.recorded is None:
+        return
+    path = recipe.base / recipe.recorded
+    with Ledger.opened(settings.state) as ledger:
+        ledger.load(path)
+
+
+def rehearsal(recipe: Recipe) -> Recipe:
+    """The recipe with every chat model scripted and every embedder hashing: no cost, no wait."""
+    models: dict[str, Spec] = {}
+    for role, spec in recipe.models.items():
+        if isinstance(spec, EmbedSpec):
+            models[role] = HashingSpec(kind="hashing")
+        elif isinstance(spec, ScriptedSpec):
+            models[role] = spec
+        else:
+            assert isinstance(spec, ChatSpec)
+            models[role] = ScriptedSpec(
+                kind="scripted", model=f"scripted-{role}", sampling=spec.sampling
+            )
+    return recipe.model_copy(update={"models": models, "recorded": None, "gate": {}})

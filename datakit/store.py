@@ -1,0 +1,202 @@
+"""Finished parts on disk, found by key. A part exists when its marker exists.
+
+    outputs/parts/<2 hex>/<key>/<name>.parquet    rows, written first
+    outputs/parts/<2 hex>/<key>/done.<n>.json     the marker, written last by exclusive create
+
+The highest `n` counts. A complete part has one marker for ever; a part with rows that went
+unanswered is `partial`, and the run that asks them again writes the next number. The loser of a
+race finds the winner's marker and deletes its own files.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from datakit.errors import OutsideError
+from datakit.records import Value
+from datakit.step import DROPPED
+
+
+class Chunk(Value):
+    """One file of a part's kept rows: the unit that the next step takes."""
+
+    key: str
+    file: str
+    rows: int
+    digest: str
+
+
+class Done(Value):
+    """The marker of a part: what came out, and what was dropped why."""
+
+    key: str
+    alias: str
+    step: str
+    kind: str
+    status: Literal["complete", "partial"]
+    rows_in: int
+    chunks: tuple[Chunk, ...]
+    dropped: str
+    dropped_rows: int
+    reasons: dict[str, int]
+    unanswered: int
+
+    @property
+    def rows(self) -> int:
+        """Kept rows."""
+        return sum(chunk.rows for chunk in self.chunks)
+
+
+def frame_digest(frame: pl.DataFrame) -> str:
+    """Hash of a frame's rows as JSON, in order; the bytes of files do not matter."""
+    whole = hashlib.blake2b(digest_size=16)
+    for start in range(0, frame.height, 10_000):
+        whole.update(frame.slice(start, 10_000).write_ndjson().encode())
+    return whole.hexdigest()
+
+
+class Store:
+    """Parts under `outputs/parts`; safe for many processes."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.outputs = outputs
+        self._parts = outputs / "parts"
+
+    def find(self, key: str) -> Done | None:
+        """The newest marker of a part, or None."""
+        markers = sorted(self._folder(key).glob("done.*.json"), key=_number)
+        return Done.model_validate_json(markers[-1].read_text()) if markers else None
+
+    def save(
+        self,
+        key: str,
+        alias: str,
+        step: str,
+        kind: str,
+        rows_in: int,
+        kept: Iterable[pl.DataFrame],
+        dropped: Sequence[pl.DataFrame],
+        hashed: bool = True,
+    ) -> Done:
+        """Write a part and return the marker that stands (ours, or that of whoever was first).
+
+        `dropped` is looked at after `kept` is used up, so that both may come from one pass.
+        """
+        folder = self._folder(key)
+        written: list[Path] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            chunks: list[Chunk] = []
+            for frame in kept:
+                if frame.height:
+                    path = folder / f"{uuid.uuid4().hex}.parquet"
+                    written.append(path)
+                    frame.write_parquet(path)
+                    found = frame_digest(frame) if hashed else ""
+                    chunks.append(Chunk(key=key, file=path.name, rows=frame.height, digest=found))
+            path = folder / f"{uuid.uuid4().hex}.dropped.parquet"
+            written.append(path)
+            lost = pl.concat([pl.DataFrame(schema=DROPPED), *dropped])
+            lost.write_parquet(path)
+            done = Done(
+                key=key,
+                alias=alias,
+                step=step,
+                kind=kind,
+                status="partial" if lost["transient"].any() else "complete",
+                rows_in=rows_in,
+                chunks=tuple(chunks),
+                dropped=path.name,
+                dropped_rows=lost.height,
+                unanswered=int(lost["transient"].sum()),
+                reasons=dict(lost["reason"].value_counts().sort("reason").iter_rows()),
+            )
+            return self._mark(folder, done, written)
+        except OSError as error:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise OutsideError(f"cannot write part {str(folder)!r}: {error}") from error
+
+    def _mark(self, folder: Path, done: Done, written: Sequence[Path]) -> Done:
+        """Create the next marker, unless a complete one or an equal race winner stands."""
+        draft = folder / f"{uuid.uuid4().hex}.draft"
+        draft.write_text(done.model_dump_json())
+        try:
+            while True:
+                standing = self.find(done.key)
+                if standing is not None and standing.status == "complete":
+                    for path in written:
+                        path.unlink()
+                    return standing
+                numbers = [_number(path) for path in folder.glob("done.*.json")]
+                try:
+                    os.link(draft, folder / f"done.{max(numbers, default=-1) + 1}.json")
+                    return done
+                except FileExistsError:
+                    continue
+        finally:
+            draft.unlink()
+
+    def read(self, chunk: Chunk) -> pl.DataFrame:
+        """The rows of one chunk."""
+        return pl.read_parquet(self.path(chunk))
+
+    def path(self, chunk: Chunk) -> Path:
+        """The file of one chunk."""
+        return self._folder(chunk.key) / chunk.file
+
+    def scan(self, chunks: Sequence[Chunk], schema: pl.Schema) -> pl.LazyFrame:
+        """The rows of many chunks in order, lazily."""
+        if not chunks:
+            return pl.LazyFrame(schema=schema)
+        return pl.scan_parquet([self.path(chunk) for chunk in chunks])
+
+    def dropped(self, done: Done) -> pl.DataFrame:
+        """The dropped rows of a part."""
+        if not done.dropped_rows:
+            return pl.DataFrame(schema=DROPPED)
+        return pl.read_parquet(self._folder(done.key) / done.dropped)
+
+    def _folder(self, key: str) -> Path:
+        return self._parts / key[:2] / key
+
+
+def _number(marker: Path) -> int:
+    return int(marker.name.split(".")[1])
+
+
+def cut(frames: Iterable[pl.DataFrame], rows_per_part: int) -> Iterator[pl.DataFrame]:
+    """A table, given piece by piece, in parts of about `rows_per_part`.
+
+    Borders belong to the data: a part ends after a row whose id says so (one in `rows_per_part`
+    does), at the latest at twice that size, so that a row more or less moves one border and not
+    all that follow, and how the pieces came does not matter.
+    """
+    waiting: list[pl.DataFrame] = []
+    size = 0
+    for frame in frames:
+        start = 0
+        hashes = frame["id"].str.slice(-8).str.to_integer(base=16)
+        for position, ends_here in enumerate((hashes % rows_per_part == 0).to_list(), start=1):
+            size += 1
+            if ends_here or size == 2 * rows_per_part:
+                waiting.append(frame.slice(start, position - start))
+                yield pl.concat(waiting)
+                waiting, size, start = [], 0, position
+        if start < frame.height:
+            waiting.append(frame.slice(start))
+    if waiting:
+        yield pl.concat(waiting)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON in one step: a reader sees the old file or the new one."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)

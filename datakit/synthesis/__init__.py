@@ -1,0 +1,1 @@
+"""Making new rows: instructions, rationales, multi-instruction pairs, pairs from user edits."""

@@ -1,0 +1,62 @@
+"""Small pure functions over text and names: hashing, filling, normalising, near misses."""
+
+import difflib
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+
+_SLOT = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
+_NOT_WORD = re.compile(r"[\W_]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def canonical_json(value: object) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
+
+
+def digest(value: object, size: int = 16) -> str:
+    """Hex blake2b of `size` bytes over the canonical JSON of `value`."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=size).hexdigest()
+
+
+def fill(template: str, **values: str) -> str:
+    """Fill `{name}` slots in one pass, so that a value holding `{other}` cannot inject.
+
+    Raises KeyError for a slot without a value.
+    """
+    return _SLOT.sub(lambda slot: values[slot.group(1)], template)
+
+
+def normalise(text: str) -> str:
+    """Fold case, width, punctuation and white space: the key of an exact duplicate.
+
+    A text without a single letter or digit keeps its own characters, so that `+` and `-` differ.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = _NOT_WORD.sub(" ", folded).strip()
+    return words or " ".join(folded.split())
+
+
+def plain(text: str) -> str:
+    """`text` with control and direction marks made visible: safe for a terminal or a log."""
+    return _CONTROL.sub(lambda mark: f"\\x{ord(mark.group()):02x}", text)
+
+
+def shorten(text: str, width: int = 200) -> str:
+    """One safe line of at most `width` characters."""
+    line = " ".join(plain(text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def near_miss(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, else the list of what exists."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

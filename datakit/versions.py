@@ -1,0 +1,221 @@
+"""Versions on disk, and the one way that records stand in them.
+
+    outputs/datasets/<name>/latest.json
+    outputs/datasets/<name>/versions/<x.y.z>/manifest.json, <config>/<split>-00000-of-00001.parquet
+    outputs/datasets/<name>/candidates/<x.y.z>/    did not pass its gate, or waits for a person
+
+In a published table every measure is a column `<alias>.<measure>` and every label a column
+`label.<name>`; all else is the record's own schema. `flatten` and `unflatten` are inverses.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+from pydantic import ValidationError
+
+from datakit.errors import InputError
+from datakit.records import KINDS, Record, Value
+from datakit.text import near_miss
+
+_ADDRESS = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]*)(@(?P<version>\d+\.\d+\.\d+))?")
+_DERIVED = ("pair_key",)
+
+
+class PublishedFile(Value):
+    """One Parquet file of a version; sha256 of its bytes, for transport."""
+
+    path: str
+    config: str
+    split: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class StepCount(Value):
+    """One step of the funnel."""
+
+    alias: str
+    step: str
+    kind: str
+    rows_in: int
+    kept: int
+    dropped: int
+    reasons: dict[str, int]
+    unanswered: int
+
+
+class Parent(Value):
+    """The version before this one."""
+
+    version: str
+    digest: str
+
+
+class ModelCard(Value):
+    """Which model stood behind a role."""
+
+    identity: str
+    kind: str
+    sampling: dict[str, object]
+
+
+class Manifest(Value):
+    """Everything that says what a version is and how to make it again.
+
+    `digest` hashes every published column of every config in id order; `created` (UTC) is in no
+    hash. `configs` gives the kind of each config's rows, `recipe` is the resolved recipe,
+    `run_digest` hashes that recipe and every part of the run.
+    """
+
+    schema_version: int = 1
+    name: str
+    version: str
+    digest: str
+    parent: Parent | None
+    change: str
+    created: str
+    datakit: str
+    description: str
+    licenses: dict[str, int]
+    recipe: dict[str, object]
+    recipe_digest: str
+    run_digest: str = ""
+    limit: int | None
+    models: dict[str, ModelCard]
+    funnel: tuple[StepCount, ...]
+    configs: dict[str, str]
+    splits: dict[str, int]
+    gate: dict[str, str]
+    files: tuple[PublishedFile, ...]
+    environment: dict[str, str]
+
+
+class Version(Value):
+    """A version found on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def address(self) -> str:
+        """`name@x.y.z`."""
+        return f"{self.manifest.name}@{self.manifest.version}"
+
+    def scan(self, config: str = "default", split: str | None = None) -> pl.LazyFrame:
+        """The published table of one config, all splits or one."""
+        files = [
+            self.folder / file.path
+            for file in self.manifest.files
+            if file.config == config and split in (None, file.split)
+        ]
+        if not files:
+            known = sorted({f"{file.config}:{file.split}" for file in self.manifest.files})
+            wanted = config if split is None else f"{config}:{split}"
+            raise InputError(f"{self.address} has no {wanted!r}{near_miss(wanted, known)}")
+        return pl.scan_parquet(files)
+
+    def records(self, config: str = "default", split: str | None = None) -> pl.DataFrame:
+        """One config as a table of its kind's schema."""
+        kind = KINDS[self.manifest.configs[config]]
+        return unflatten(kind, self.scan(config, split).collect())
+
+
+def dataset_folder(outputs: Path, name: str) -> Path:
+    """Where the versions of a dataset lie."""
+    return outputs / "datasets" / name
+
+
+def number(version: str) -> tuple[int, int, int]:
+    """`1.10.0` as numbers, for ordering."""
+    major, minor, patch = version.split(".")
+    return int(major), int(minor), int(patch)
+
+
+def version_numbers(outputs: Path, name: str) -> list[str]:
+    """Published versions of a dataset, oldest first."""
+    folder = dataset_folder(outputs, name) / "versions"
+    found = [path.parent.name for path in folder.glob("*/manifest.json")]
+    return sorted(found, key=number)
+
+
+def find_version(outputs: Path, address: str) -> Version:
+    """The version at `name`, `name@x.y.z`, or in a folder given by path.
+
+    Raises InputError where there is none, naming what exists.
+    """
+    if (Path(address) / "manifest.json").is_file():
+        return open_version(Path(address))
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise InputError(f"{address!r} is neither name[@x.y.z] nor the folder of a version")
+    name, wanted = match["name"], match["version"]
+    known = version_numbers(outputs, name)
+    if not known:
+        names = [path.name for path in (outputs / "datasets").glob("*") if path.is_dir()]
+        raise InputError(
+            f"no version of dataset {name!r} under {str(outputs)!r}{near_miss(name, names)}"
+        )
+    if wanted is not None and wanted not in known:
+        raise InputError(f"no version {wanted} of {name!r}; known: {', '.join(known)}")
+    return open_version(dataset_folder(outputs, name) / "versions" / (wanted or known[-1]))
+
+
+def open_version(folder: Path) -> Version:
+    """The version in `folder`."""
+    path = folder / "manifest.json"
+    try:
+        return Version(folder=folder, manifest=Manifest.model_validate_json(path.read_bytes()))
+    except (OSError, ValidationError) as error:
+        raise InputError(f"cannot read the manifest {str(path)!r}: {error}") from error
+
+
+def measure_names(frame: pl.DataFrame, column: str = "measures") -> list[str]:
+    """The names that occur in a record table's measures or labels, sorted."""
+    names = frame[column].explode().drop_nulls().struct.field("name")
+    return names.unique().sort().to_list()
+
+
+def flatten(
+    kind: type[Record], frame: pl.DataFrame, measures: Sequence[str], labels: Sequence[str]
+) -> pl.DataFrame:
+    """A record table as it is published, with one column for each named measure and label."""
+    columns = [pl.col(name) for name in kind.table_schema() if name not in ("measures", "labels")]
+    for column, names, prefix in (("measures", measures, ""), ("labels", labels, "label.")):
+        columns += [
+            pl.col(column)
+            .list.eval(pl.element().filter(pl.element().struct.field("name") == name))
+            .list.first()
+            .struct.field("value")
+            .alias(prefix + name)
+            for name in names
+        ]
+    return frame.select(columns)
+
+
+def unflatten(kind: type[Record], frame: pl.DataFrame) -> pl.DataFrame:
+    """A published table as a record table of `kind.table_schema()`."""
+    labels = [name for name in frame.columns if name.startswith("label.")]
+    measures = [name for name in frame.columns if "." in name and name not in labels]
+    known = set(kind.table_schema()) | set(_DERIVED) | set(labels) | set(measures)
+    strange = [name for name in frame.columns if name not in known]
+    if strange:
+        raise InputError(f"column {strange[0]!r} belongs to no {kind.__name__}")
+    return frame.with_columns(
+        _listed(measures, "", pl.Float64()).alias("measures"),
+        _listed(labels, "label.", pl.String()).alias("labels"),
+    ).select(pl.col(name).cast(dtype) for name, dtype in kind.table_schema().items())
+
+
+def _listed(names: Sequence[str], prefix: str, dtype: pl.DataType) -> pl.Expr:
+    """Columns as a list of (name, value), sorted by name, nulls left out."""
+    if not names:
+        return pl.lit([], pl.List(pl.Struct({"name": pl.String(), "value": dtype})))
+    pairs = [
+        pl.struct(pl.lit(name.removeprefix(prefix)).alias("name"), value=pl.col(name).cast(dtype))
+        for name in sorted(names)
+    ]
+    value = pl.element().struct.field("value")
+    return pl.concat_list(*pairs).list.eval(pl.element().filter(value.is_not_null()))

@@ -1,0 +1,384 @@
+"""Doing a Work: its steps over its parts, in one event loop with one window of requests."""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import polars as pl
+
+from datakit.engine import Markers, Work
+from datakit.errors import BugError, DatakitError, Rejected, RowError
+from datakit.kit import Kit
+from datakit.models.chat import ChatModel, ChatSpec
+from datakit.recipe import PlacedStep
+from datakit.records import KINDS, Record, from_frame, to_frame
+from datakit.rows import (
+    Dropped,
+    batches,
+    conserve,
+    decided,
+    derived,
+    drop_of,
+    dropped_frame,
+    identified,
+    part_key,
+)
+from datakit.session import Session, Watch
+from datakit.step import (
+    Drop,
+    FrameStep,
+    GroupStep,
+    RowStep,
+    SourceStep,
+    Split,
+    TableStep,
+    prepares,
+    roles,
+)
+from datakit.store import Chunk, Done, Store, cut, frame_digest
+from datakit.text import digest
+
+T = TypeVar("T")
+
+
+def perform(
+    work: Work, watch: Watch | None = None, models: Mapping[str, ChatModel] | None = None
+) -> Markers:
+    """Do a work and return the markers of each of its steps.
+
+    `models` stands in for the recipe's chat models, by role. Raises the first error that is not a
+    row's own.
+    """
+    watch = watch or Watch()
+    with Session(work.settings, [one.step for one in work.steps], watch, models) as session:
+        markers = _run(_perform(work, session))
+        watch.work_done([placed.alias for placed in work.steps])
+        return markers
+
+
+def _run(task: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, also where a loop already runs (a notebook, an async flow)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(task)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, task).result()
+
+
+async def _perform(work: Work, session: Session) -> Markers:
+    worker = _Worker(work, session)
+    try:
+        match work.steps[0].step:
+            case SourceStep():
+                return [await worker.source()]
+            case TableStep():
+                return [[worker.table()]]
+            case GroupStep():
+                return [await worker.groups()]
+            case _:
+                return await worker.rows()
+    finally:
+        await session.close_models()
+
+
+class _Worker:
+    """One work being done: its store, its session, and the rules that every grain shares."""
+
+    def __init__(self, work: Work, session: Session) -> None:
+        self.work = work
+        self.session = session
+        self.settings = work.settings
+        self.watch = session.watch
+        self.store = Store(work.settings.outputs)
+        window = sum(
+            spec.max_in_flight
+            for role in {role for one in work.steps for _, role, _ in roles(one.step)}
+            if isinstance(spec := work.settings.models[role], ChatSpec)
+        )
+        # Enough rows to keep every window full while parts end, and no more: memory stays flat.
+        self.open_parts = asyncio.Semaphore(
+            max(2, math.ceil(2 * window / work.settings.rows_per_part))
+        )
+
+    # -- sources ---------------------------------------------------------------------------------
+
+    async def source(self) -> list[Done]:
+        """Ranges in order. A row's origin is its key, else content and occurrence number."""
+        placed = self.work.steps[0]
+        step = placed.step
+        assert isinstance(step, SourceStep)
+        kind = step.gives(None)
+        kit = self.session.kit(placed.alias)
+        base = part_key(placed, "", (), self.settings, kit)
+        dones: list[Done] = []
+        seen: Counter[str] | None = None
+        left = self.settings.limit
+        chain = ""
+        for part in step.ranges(kit):
+            if left is not None and left <= 0:
+                break
+            # Occurrence numbers depend on the ranges before, so their keys are chained.
+            chain = digest([base, chain, part.fingerprint, part.start, part.stop])
+            key = chain if left is None else digest([chain, "limit", left])
+            done = self.store.find(key)
+            if done is None or done.status == "partial":
+                seen = self._origins(dones) if seen is None else seen
+                found = await step.read(part, kit)
+                rows, dropped = identified(found, seen, left)
+                done = self.store.save(
+                    key,
+                    placed.alias,
+                    placed.name,
+                    kind.__name__,
+                    len(rows) + len(dropped),
+                    cut([to_frame(kind, rows)], self.settings.rows_per_part),
+                    [dropped_frame(dropped)],
+                )
+            self.watch.step_begins(placed.alias, done.rows_in)
+            self.watch.part_done(done)
+            dones.append(done)
+            left = None if left is None else left - done.rows
+        return dones
+
+    def _origins(self, dones: Sequence[Done]) -> Counter[str]:
+        """How often each key or content was met in the ranges before."""
+        seen: Counter[str] = Counter()
+        for done in dones:
+            for chunk in done.chunks:
+                origins = pl.read_parquet(self.store.path(chunk), columns=["origin"])["origin"]
+                seen.update(origin.rpartition("#")[0] for origin in origins)
+        return seen
+
+    # -- row-local steps -------------------------------------------------------------------------
+
+    async def rows(self) -> Markers:
+        """Depth first: each part goes through every step before many others begin."""
+        for placed in self.work.steps[:1]:
+            self.watch.step_begins(placed.alias, sum(chunk.rows for chunk in self.work.inputs))
+        lines = await _all([self._line(chunk) for chunk in self.work.inputs])
+        return [
+            [line[position] for line in lines if position < len(line)]
+            for position in range(len(self.work.steps))
+        ]
+
+    async def _line(self, chunk: Chunk) -> list[Done]:
+        """One part through all steps; ends early where nothing is left of it."""
+        dones: list[Done] = []
+        kind = KINDS[self.work.kind]
+        async with self.open_parts:
+            for position, placed in enumerate(self.work.steps):
+                if position:
+                    self.watch.step_begins(placed.alias, chunk.rows)
+                kit = self.session.kit(placed.alias)
+                gives = placed.step.gives(kind)
+                key = part_key(placed, kind.__name__, [chunk.digest], self.settings, kit)
+                done = self.store.find(key)
+                if done is None or done.status == "partial":
+                    frame = self.store.read(chunk)
+                    if isinstance(placed.step, FrameStep):
+                        kept, drops = decided(frame, _apply(placed, frame, kit), placed.alias, kind)
+                    else:
+                        kept, drops = await self._each(placed, kind, gives, frame, kit)
+                    conserve(placed.alias, frame, kept, drops)
+                    done = self.store.save(
+                        key,
+                        placed.alias,
+                        placed.name,
+                        gives.__name__,
+                        frame.height,
+                        [kept],
+                        [drops],
+                    )
+                self.watch.part_done(done)
+                dones.append(done)
+                kind = gives
+                if not done.chunks:
+                    break
+                chunk = done.chunks[0]
+        return dones
+
+    async def _each(
+        self,
+        placed: PlacedStep,
+        kind: type[Record],
+        gives: type[Record],
+        frame: pl.DataFrame,
+        kit: Kit,
+    ) -> tuple[pl.DataFrame, pl.DataFrame]:
+        step = placed.step
+        assert isinstance(step, RowStep)
+
+        async def one(row: Record) -> list[Record] | Dropped:
+            try:
+                made = await step.each(row, kit)
+                if not made:
+                    raise BugError(
+                        f"step {placed.alias!r} returned nothing for row {row.id}; a row that "
+                        "does not belong raises Rejected"
+                    )
+                return [derived(out, [row], placed.alias, slot) for slot, out in enumerate(made)]
+            except RowError as error:
+                return drop_of(row, error)
+            except DatakitError:
+                raise
+            except Exception as error:
+                raise BugError(
+                    f"step {placed.alias!r} failed on row {row.id}: {type(error).__name__}: {error}"
+                ) from error
+            finally:
+                self.watch.row_done(placed.alias)
+
+        results = await _all([one(row) for row in from_frame(kind, frame)])
+        kept = [row for result in results if isinstance(result, list) for row in result]
+        drops = [result for result in results if isinstance(result, dict)]
+        return to_frame(gives, kept), dropped_frame(drops)
+
+    # -- whole groups ----------------------------------------------------------------------------
+
+    async def groups(self) -> list[Done]:
+        """Whole groups in their order, some groups to a part."""
+        placed = self.work.steps[0]
+        step = placed.step
+        assert isinstance(step, GroupStep)
+        kind = KINDS[self.work.kind]
+        table = self.store.scan(self.work.inputs, kind.table_schema()).collect()
+        self.watch.step_begins(placed.alias, table.height)
+        ordered = table.with_row_index("_row").sort(*step.order_by, "_row").drop("_row")
+        runs = batches(
+            ordered.partition_by(step.group_by, maintain_order=True), self.settings.rows_per_part
+        )
+        return await _all([self._group_part(placed, kind, batch) for batch in runs])
+
+    async def _group_part(
+        self, placed: PlacedStep, kind: type[Record], groups: Sequence[pl.DataFrame]
+    ) -> Done:
+        step = placed.step
+        assert isinstance(step, GroupStep)
+        kit = self.session.kit(placed.alias)
+        gives = step.gives(kind)
+        digests = [frame_digest(group) for group in groups]
+        key = part_key(placed, kind.__name__, digests, self.settings, kit)
+        done = self.store.find(key)
+        if done is None or done.status == "partial":
+            async with self.open_parts:
+                results = await _all([self._group(placed, kind, group, kit) for group in groups])
+            kept = to_frame(gives, [row for rows, _ in results for row in rows])
+            drops = dropped_frame([drop for _, dropped in results for drop in dropped])
+            frame = pl.concat(groups)
+            conserve(placed.alias, frame, kept, drops)
+            done = self.store.save(
+                key, placed.alias, placed.name, gives.__name__, frame.height, [kept], [drops]
+            )
+        self.watch.part_done(done)
+        return done
+
+    async def _group(
+        self, placed: PlacedStep, kind: type[Record], group: pl.DataFrame, kit: Kit
+    ) -> tuple[list[Record], list[Dropped]]:
+        step = placed.step
+        assert isinstance(step, GroupStep)
+        rows = from_frame(kind, group)
+        by_id = {row.id: row for row in rows}
+        try:
+            made = await step.each(rows, kit)
+        except RowError as error:
+            return [], [drop_of(row, error) for row in rows]
+        kept: list[Record] = []
+        drops: list[Dropped] = []
+        for slot, out in enumerate(made):
+            if isinstance(out, Drop):
+                drop = drop_of(by_id[out.id], Rejected(out.reason, out.detail))
+                drops.append(drop | {"related": out.related})
+            else:
+                parents = [by_id[parent] for parent in out.parents if parent in by_id] or rows
+                kept.append(derived(out, parents, placed.alias, slot))
+        for _ in rows:
+            self.watch.row_done(placed.alias)
+        return kept, drops
+
+    # -- whole tables ----------------------------------------------------------------------------
+
+    def table(self) -> Done:
+        """All parts at once; `prepare` by part, stored on its own."""
+        placed = self.work.steps[0]
+        step = placed.step
+        assert isinstance(step, TableStep)
+        kind = KINDS[self.work.kind]
+        kit = self.session.kit(placed.alias)
+        inputs = self.work.inputs
+        rows_in = sum(chunk.rows for chunk in inputs)
+        self.watch.step_begins(placed.alias, rows_in)
+        digests = [chunk.digest for chunk in inputs]
+        key = part_key(placed, kind.__name__, digests, self.settings, kit)
+        done = self.store.find(key)
+        if done is None:
+            table = self.store.scan(inputs, kind.table_schema())
+            if prepares(step) and inputs:
+                prepared = [self._prepared(placed, step, chunk, kit) for chunk in inputs]
+                extra = self.store.scan(prepared, pl.Schema()).drop("id")
+                table = pl.concat([table, extra], how="horizontal")
+            split = _apply(placed, table, kit)
+            drops: list[pl.DataFrame] = []
+            frames = self._decide(placed, kind, inputs, split, drops)
+            kept = cut(frames, self.settings.rows_per_part)
+            done = self.store.save(
+                key, placed.alias, placed.name, kind.__name__, rows_in, kept, drops
+            )
+        self.watch.part_done(done)
+        return done
+
+    def _prepared(self, placed: PlacedStep, step: Any, chunk: Chunk, kit: Kit) -> Chunk:
+        inert = frozenset(type(step).model_fields) - step.prepared_by
+        key = part_key(placed, "prepared", [chunk.digest], self.settings, kit, inert)
+        done = self.store.find(key)
+        if done is None:
+            frame = self.store.read(chunk)
+            made: pl.DataFrame = step.prepare(frame, kit)
+            if made["id"].to_list() != frame["id"].to_list():
+                raise BugError(f"step {placed.alias!r}: prepare must keep the rows and their order")
+            done = self.store.save(
+                key, placed.alias, placed.name, "", frame.height, [made], [], hashed=False
+            )
+        return done.chunks[0]
+
+    def _decide(
+        self,
+        placed: PlacedStep,
+        kind: type[Record],
+        chunks: Iterable[Chunk],
+        split: Split,
+        drops: list[pl.DataFrame],
+    ) -> Iterator[pl.DataFrame]:
+        for chunk in chunks:
+            frame = self.store.read(chunk)
+            kept, dropped = decided(frame, split, placed.alias, kind)
+            conserve(placed.alias, frame, kept, dropped)
+            drops.append(dropped)
+            if kept.height:
+                yield kept
+
+
+def _apply(placed: PlacedStep, table: Any, kit: Kit) -> Split:
+    try:
+        return placed.step.apply(table, kit)  # type: ignore[attr-defined]
+    except DatakitError:
+        raise
+    except Exception as error:
+        raise BugError(f"step {placed.alias!r} failed: {type(error).__name__}: {error}") from error
+
+
+async def _all(tasks: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first error cancels the rest and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(task) for task in tasks]
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    return [task.result() for task in running]

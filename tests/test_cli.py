@@ -1,0 +1,131 @@
+"""The command line: what it prints, and the code that it exits with."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def datakit(tmp_path):
+    """Run `datakit ...` in an empty folder."""
+
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "datakit", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return call
+
+
+def test_run_prints_the_funnel_and_the_folder_and_then_nothing_new(datakit, tmp_path):
+    first = datakit("run", "smoke/pairs")
+    assert first.returncode == 0, first.stderr
+    assert "exact" in first.stdout
+    assert "smoke-pairs@1.0.0 (new;" in first.stdout
+    assert "outputs/datasets/smoke-pairs/versions/1.0.0/" in first.stdout
+    second = datakit("run", "smoke/pairs", "--json")
+    found = json.loads(second.stdout)
+    assert (found["new"], found["version"]) == (False, "1.0.0")
+    assert "0 sent" in second.stderr
+
+
+def test_rehearse_keeps_nothing(datakit, tmp_path):
+    done = datakit("rehearse", "quickstart")
+    assert done.returncode == 0, done.stderr
+    assert "pair" in done.stdout
+    assert "nothing was sent" in done.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_check_shows_the_line(datakit):
+    done = datakit("check", "quickstart")
+    assert "near (Prompt) -> respond (Candidates) -> judge (Judged) -> pair (Pair)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("check", "quikstart"), 2, "did you mean 'quickstart'"),
+        (("run", "quickstart", "--set", "steps.near.treshold=1"), 2, "steps[2].treshold"),
+        (("run", "smoke/pairs", "--set", "gate.rows.min=99"), 1, "below 99"),
+        (("run", "hh_pairs"), 2, "no file"),
+        (("run", "smoke/from_version"), 2, "no version of dataset 'smoke-pairs'"),
+        (("run", "smoke/pairs", "--limit", "0"), 2, "0"),
+        (("methods", "curation.neer"), 2, "did you mean 'curation.near'"),
+        (("nonsense",), 2, "nonsense"),
+        (("ledger", "import", "missing.jsonl"), 2, "missing.jsonl"),
+        (("run", "best_of_many", "--set", "steps.answers.path=x.parquet"), 2, "x.parquet"),
+    ],
+)
+def test_an_error_is_short_and_has_its_code(datakit, arguments, code, said):
+    done = datakit(*arguments)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(datakit):
+    assert "Traceback" in datakit("--debug", "check", "quikstart").stderr
+
+
+def test_a_terminal_is_safe_from_what_a_file_says(datakit, tmp_path):
+    (tmp_path / "evil.yaml").write_text('name: "\\e[31mred"\nsteps: []\n')
+    assert "\x1b" not in datakit("check", "evil.yaml").stderr
+
+
+def test_methods_list_every_step_and_show_one(datakit):
+    done = datakit("methods")
+    assert "curation.near" in done.stdout
+    assert "annotation.judge" in done.stdout
+    one = datakit("methods", "curation.near").stdout
+    assert "Drops:" in one
+    assert "threshold" in one
+    assert json.loads(datakit("methods", "--json").stdout)["curation.near"]["fields"]
+
+
+def test_new_writes_a_recipe_that_checks(datakit, tmp_path):
+    done = datakit("new", "mine.yaml", "--from", "smoke/pairs")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["name"] == "mine"
+    assert datakit("check", "mine.yaml").returncode == 0
+
+
+def test_the_ledger_is_exported_and_read_back(datakit, tmp_path):
+    datakit("run", "smoke/pairs")
+    assert "24 answers written" in datakit("ledger", "export", "answers.jsonl").stdout
+    done = datakit("ledger", "import", "answers.jsonl", "--state", "other")
+    assert "24 answers read, 24 of them new" in done.stdout
+    stats = json.loads(datakit("ledger", "stats", "--state", "other", "--json").stdout)
+    assert stats["models"][0]["answers"] == 24
+
+
+def test_a_run_is_replayed_offline_from_an_export(datakit, tmp_path):
+    first = json.loads(datakit("run", "smoke/pairs", "--json").stdout)
+    datakit("ledger", "export", "answers.jsonl")
+    datakit("ledger", "import", "answers.jsonl", "--state", "other")
+    where = ("--outputs", "elsewhere", "--state", "other")
+    again = datakit("run", "smoke/pairs", "--offline", "--json", *where)
+    assert json.loads(again.stdout)["digest"] == first["digest"]
+    empty = datakit("run", "smoke/pairs", "--offline", "--outputs", "x", "--state", "empty")
+    assert empty.returncode == 4
+    assert "no recorded answer" in empty.stderr
+
+
+def test_schemas_are_written(datakit, tmp_path):
+    datakit("schemas", "--out", "s")
+    assert (tmp_path / "s" / "recipe.schema.json").is_file()
+    assert (tmp_path / "s" / "records" / "pair.schema.json").is_file()
+
+
+def test_doctor_says_what_is_there(datakit):
+    done = datakit("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "polars" in done.stdout
+    assert "ledger" in done.stdout
