@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datakit.recipe import load_recipe
-    from datakit.run import run
+    from datakit.pipeline import run
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ __all__ = ["__version__", "load_recipe", "run"]
 def __getattr__(name: str) -> Any:
     """Load what is asked for, so that `import datakit` costs next to nothing."""
     if name == "run":
-        from datakit.run import run
+        from datakit.pipeline import run
 
         return run
     if name == "load_recipe":

@@ -79,7 +79,7 @@ def run(
 ) -> None:
     """Run a recipe to a version."""
     from datakit.progress import Progress
-    from datakit.run import run as run_recipe
+    from datakit.pipeline import run as run_recipe
 
     with Progress() as watch:
         version = run_recipe(

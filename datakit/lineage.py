@@ -33,6 +33,7 @@ def funnel(markers: Sequence[Sequence[Done]]) -> tuple[StepCount, ...]:
                 kept=sum(done.rows for done in dones),
                 dropped=sum(done.dropped_rows for done in dones),
                 reasons=dict(sorted(reasons.items())),
+                failed=sum(done.failed for done in dones),
                 unanswered=sum(done.unanswered for done in dones),
             )
         )

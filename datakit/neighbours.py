@@ -13,6 +13,9 @@ from datakit.models.embed import Vectors
 
 Ints = NDArray[np.int64]
 
+_ROUNDING = 1e-6
+"""The cosine of two equal vectors is 1 give or take this, in float32."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -24,17 +27,20 @@ class Pairs:
 
 
 def pairs_over(vectors: Vectors, threshold: float, block: int = 2048) -> Pairs:
-    """Every pair of rows with a cosine of at least `threshold`; memory is block x n floats."""
+    """Every pair of rows with a cosine of at least `threshold`; memory is block x n floats.
+
+    Rounding counts for the pair: equal rows are neighbours at a threshold of 1.
+    """
     first: list[Ints] = []
     second: list[Ints] = []
     similarity: list[NDArray[np.float32]] = []
     for start in range(0, len(vectors), block):
         cosines = vectors[start : start + block] @ vectors[start:].T
-        rows, columns = np.nonzero(cosines >= threshold)
+        rows, columns = np.nonzero(cosines >= threshold - _ROUNDING)
         above = columns > rows
         first.append(rows[above] + start)
         second.append(columns[above] + start)
-        similarity.append(cosines[rows[above], columns[above]])
+        similarity.append(np.minimum(cosines[rows[above], columns[above]], 1))
     if not first:
         none = np.zeros(0, np.int64)
         return Pairs(none, none, np.zeros(0, np.float32))
@@ -51,10 +57,10 @@ def nearest(
         cosines = vectors[start : start + block] @ others.T
         best = cosines.argmax(axis=1)
         index[start : start + block] = best
-        similarity[start : start + block] = cosines[np.arange(len(best)), best]
+        similarity[start : start + block] = np.minimum(cosines[np.arange(len(best)), best], 1)
     return index, similarity
 
 
 def dots(one: Vectors, other: Vectors, rows: Ints, columns: Ints) -> NDArray[np.float32]:
     """Cosine of one[rows[i]] and other[columns[i]] for each i."""
-    return np.einsum("nd,nd->n", one[rows], other[columns])
+    return np.minimum(np.einsum("nd,nd->n", one[rows], other[columns]), 1)

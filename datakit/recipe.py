@@ -4,6 +4,7 @@ A message begins with the path that the user typed (`steps[2].threshold`, `model
 names the near miss.
 """
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     number (`steps.near.threshold=0.8`). Raises RecipeError, or InputError for an unreadable file.
     """
     if isinstance(source, Mapping):
-        data, base = dict(source), Path.cwd()
+        data, base = copy.deepcopy(dict(source)), Path.cwd()
     else:
         path = find_recipe(str(source))
         data, base = _read_yaml(path), path.resolve().parent

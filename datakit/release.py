@@ -144,6 +144,7 @@ class _Draft:
                 reasons={"bridges_splits": splits.bridging.height}
                 if splits.bridging.height
                 else {},
+                failed=0,
                 unanswered=0,
             ),
         )

@@ -11,7 +11,7 @@ from datakit.engine import Markers, execute
 from datakit.lineage import funnel
 from datakit.progress import Progress
 from datakit.recipe import Recipe, load_recipe
-from datakit.run import rehearsal
+from datakit.pipeline import rehearsal
 from datakit.session import Settings
 from datakit.step import Step
 from datakit.store import Store

@@ -18,7 +18,7 @@ from typing import Literal
 
 import polars as pl
 
-from datakit.errors import OutsideError
+from datakit.errors import OutsideError, Rejected
 from datakit.records import Value
 from datakit.step import DROPPED
 
@@ -33,7 +33,10 @@ class Chunk(Value):
 
 
 class Done(Value):
-    """The marker of a part: what came out, and what was dropped why."""
+    """The marker of a part: what came out, and what was dropped why.
+
+    failed: dropped rows that a model failed on, among them the unanswered ones.
+    """
 
     key: str
     alias: str
@@ -45,6 +48,7 @@ class Done(Value):
     dropped: str
     dropped_rows: int
     reasons: dict[str, int]
+    failed: int
     unanswered: int
 
     @property
@@ -114,6 +118,7 @@ class Store:
                 chunks=tuple(chunks),
                 dropped=path.name,
                 dropped_rows=lost.height,
+                failed=int((lost["kind"] != Rejected.kind).sum()),
                 unanswered=int(lost["transient"].sum()),
                 reasons=dict(lost["reason"].value_counts().sort("reason").iter_rows()),
             )

@@ -31,10 +31,11 @@ def flip_share(verdicts: Sequence[Verdict]) -> float | None:
 
     A tie in one order and a preference in the other is no flip. None without such pairs.
     """
-    seen: dict[tuple[str, str, tuple[int, ...]], dict[tuple[int, ...], float]] = defaultdict(dict)
+    seen: dict[tuple[str, ...], dict[tuple[int, ...], float]] = defaultdict(dict)
     for verdict in verdicts:
         if verdict.form == "pairwise":
-            key = (verdict.judge, verdict.template, tuple(sorted(verdict.shown)))
+            pair = str(sorted(verdict.shown))
+            key = (verdict.judge, verdict.template, verdict.aspect, pair)
             low = verdict.shown.index(min(verdict.shown))
             seen[key][verdict.shown] = verdict.scores[low]
     both = [list(scores.values()) for scores in seen.values() if len(scores) == 2]

@@ -35,7 +35,11 @@ class PublishedFile(Value):
 
 
 class StepCount(Value):
-    """One step of the funnel."""
+    """One step of the funnel.
+
+    failed: dropped rows that a model failed on (refused, cut, unusable or no answer), of which
+    `unanswered` are asked for again by the next run.
+    """
 
     alias: str
     step: str
@@ -44,6 +48,7 @@ class StepCount(Value):
     kept: int
     dropped: int
     reasons: dict[str, int]
+    failed: int
     unanswered: int
 
 

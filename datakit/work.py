@@ -52,21 +52,23 @@ def perform(
     `models` stands in for the recipe's chat models, by role. Raises the first error that is not a
     row's own.
     """
-    watch = watch or Watch()
-    with Session(work.settings, [one.step for one in work.steps], watch, models) as session:
-        markers = _run(_perform(work, session))
-        watch.work_done([placed.alias for placed in work.steps])
-        return markers
+    listener = watch or Watch()
 
+    def whole() -> Markers:
+        steps = [one.step for one in work.steps]
+        with Session(work.settings, steps, listener, models) as session:
+            return asyncio.run(_perform(work, session))
 
-def _run(task: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, also where a loop already runs (a notebook, an async flow)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(task)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, task).result()
+        markers = whole()
+    else:
+        # A notebook or an async flow has a loop of its own: ours then needs another thread.
+        with ThreadPoolExecutor(1) as pool:
+            markers = pool.submit(whole).result()
+    listener.work_done([placed.alias for placed in work.steps])
+    return markers
 
 
 async def _perform(work: Work, session: Session) -> Markers:

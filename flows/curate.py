@@ -17,7 +17,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from datakit.engine import Markers, Work
-from datakit.run import run
+from datakit.pipeline import run
 from datakit.session import Watch
 from datakit.versions import Version
 from datakit.work import perform

@@ -57,7 +57,7 @@ def test_check_shows_the_line(datakit):
         (("run", "smoke/pairs", "--set", "gate.rows.min=99"), 1, "below 99"),
         (("run", "hh_pairs"), 2, "no file"),
         (("run", "smoke/from_version"), 2, "no version of dataset 'smoke-pairs'"),
-        (("run", "smoke/pairs", "--limit", "0"), 2, "0"),
+        (("run", "smoke/pairs", "--limit", "0"), 2, "--limit"),
         (("methods", "curation.neer"), 2, "did you mean 'curation.near'"),
         (("nonsense",), 2, "nonsense"),
         (("ledger", "import", "missing.jsonl"), 2, "missing.jsonl"),

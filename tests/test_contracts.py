@@ -18,7 +18,7 @@ from datakit.lineage import chunks
 from datakit.recipe import PlacedStep, load_recipe, shipped_recipes
 from datakit.records import KINDS
 from datakit.rows import part_key
-from datakit.run import rehearsal, run
+from datakit.pipeline import rehearsal, run
 from datakit.session import Session, Settings, Watch
 from datakit.step import Role, SourceStep, Step
 from datakit.store import Store

@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from datakit.run import run
+from datakit.pipeline import run
 from datakit.versions import find_version
 
 pytestmark = pytest.mark.slow

@@ -116,6 +116,12 @@ def test_overrides_reach_steps_by_alias_and_number():
     assert recipe.seed == 4
 
 
+def test_the_given_mapping_stays_as_it_was():
+    recipe = changed()
+    load_recipe(recipe, ["steps.near.threshold=0.7"])
+    assert recipe == GOOD
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -243,7 +243,7 @@ def _release(folder, rows, barrier, queue):
         barrier.wait()
         return markers
 
-    import datakit.run as module
+    import datakit.pipeline as module
 
     module.execute = wait
     del release

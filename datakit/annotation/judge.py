@@ -14,7 +14,6 @@ Drops: `too_few_verdicts` where fewer than `need` verdicts arrived; `one_text` w
 import asyncio
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +73,7 @@ Reply with one JSON object and nothing else: {"reason": "<one to three sentences
 "A" | "B" | "tie"}. Say "tie" only if neither is better."""
 
 _TAGS = ("conversation", "answer_a", "answer_b")
-_FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
+_FENCE = "```"
 
 
 class Judge(RowStep[Candidates | Judged | Pair, Judged]):
@@ -209,10 +208,11 @@ def as_judged(row: Candidates | Pair) -> Judged:
 def read(reply: Reply, judge: str, order: tuple[int, int], template: str) -> Verdict:
     """The verdict in a reply. Raises Unparsable unless it is one JSON object with one verdict."""
     text = reply.text.strip()
-    fenced = _FENCE.match(text)
+    if text.startswith(_FENCE) and text.endswith(_FENCE):
+        text = text.strip("`").removeprefix("json")
     try:
-        data = json.loads(fenced.group(1) if fenced else text)
-    except ValueError as error:
+        data = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise Unparsable("not_json", f"the verdict of {judge} is not JSON", reply.text) from error
     if not isinstance(data, dict) or not isinstance(data.get("verdict"), str):
         raise Unparsable("no_verdict", f"{judge} gave no verdict", reply.text)
@@ -225,8 +225,21 @@ def read(reply: Reply, judge: str, order: tuple[int, int], template: str) -> Ver
         form="pairwise",
         shown=order,
         scores=_SCORES[data["verdict"]],
-        reason=str(data.get("reason", "")),
+        reason=_well_formed(data.get("reason")),
         raw=reply.text,
         input_tokens=reply.input_tokens,
         output_tokens=reply.output_tokens,
     )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that gives a key two values says nothing certain: ValueError."""
+    found = dict(pairs)
+    if any(found[name] != value for name, value in pairs):
+        raise ValueError("a key has two values")
+    return found
+
+
+def _well_formed(reason: object) -> str:
+    """A reason that a table can hold: half a surrogate pair, which JSON can spell, becomes `?`."""
+    return reason.encode(errors="replace").decode() if isinstance(reason, str) else ""

@@ -45,12 +45,12 @@ class Pairing(RowStep[Judged, Pair]):
         ]
         if len(scored) < 2:
             raise Rejected("unjudged", f"{len(scored)} of {len(row.responses)} have verdicts")
-        # Stable: of equal scores, the earlier response is the better one only in name.
         ranked = sorted(scored, key=lambda one: -one[0])
-        couples = list(itertools.combinations(ranked, 2))
-        if self.build == "best_worst":
-            couples = [(ranked[0], ranked[-1])]
-        apart = [(best, worst) for best, worst in couples if best[0] - worst[0] > self.min_margin]
+        apart = [
+            (best, worst)
+            for best, worst in itertools.combinations(ranked, 2)
+            if best[0] - worst[0] > self.min_margin and best[1].text != worst[1].text
+        ]
         if not apart:
             span = ranked[0][0] - ranked[-1][0]
             raise Rejected(
@@ -59,6 +59,8 @@ class Pairing(RowStep[Judged, Pair]):
         whole = [couple for couple in apart if couple[0][1].finish_reason != "length"]
         if not whole:
             raise Rejected("truncated", "the better answer was cut by its length")
+        if self.build == "best_worst":
+            whole = [max(whole, key=lambda couple: couple[0][0] - couple[1][0])]
         return [self._pair(row, best, worst, kit) for best, worst in whole]
 
     def _pair(

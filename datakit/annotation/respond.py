@@ -73,12 +73,14 @@ class Respond(RowStep[Prompt, Candidates]):
 def read(reply: Reply, model: str, sampling: str) -> Response:
     """The response in a reply; an answer cut by its length is kept as what it is.
 
-    Raises Refused where a filter blocked it and Unparsable where it is empty.
+    Raises Refused where a filter blocked it and Unparsable where it is empty or no text.
     """
     if reply.finish_reason == "content_filter":
         raise Refused("content_filter", f"{model} declined", reply.text)
     if not reply.text.strip():
         raise Unparsable("empty", f"the reply of {model} is empty", reply.text)
+    if "\x00" in reply.text:
+        raise Unparsable("not_text", f"the reply of {model} holds a NUL byte", reply.text)
     return Response(
         model=model,
         sampling=sampling,

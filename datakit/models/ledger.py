@@ -129,7 +129,7 @@ class Ledger:
         Raises InputError that names the file and the line of the first bad entry.
         """
         try:
-            file = path.open(encoding="utf-8")
+            file = path.open("rb")
         except OSError as error:
             raise InputError(f"cannot read the ledger export {str(path)!r}: {error}") from error
         before = self._db.total_changes
@@ -142,10 +142,15 @@ class Ledger:
                         continue
                     try:
                         self.put(Entry.model_validate_json(line))
-                    except ValidationError as error:
+                    except ValueError as error:
+                        first = (
+                            error.errors()[0]["msg"]
+                            if isinstance(error, ValidationError)
+                            else error
+                        )
+                        shown = shorten(line.decode(errors="replace"), 80)
                         raise InputError(
-                            f"{path}, line {number}: not a ledger entry: "
-                            f"{error.errors()[0]['msg']}; {shorten(line, 80)!r}"
+                            f"{path}, line {number}: not a ledger entry: {first}; {shown!r}"
                         ) from error
                     count += 1
             except BaseException:

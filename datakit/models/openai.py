@@ -67,7 +67,12 @@ class OpenAIChat:
             raise _Transient("timeout", f"no answer within {self._spec.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
             raise _Transient("connection", f"connection failed: {error.__cause__}") from error
-        except (json.JSONDecodeError, openai.APIResponseValidationError) as error:
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+            openai.APIResponseValidationError,
+        ) as error:
             raise _Transient("malformed_body", "the body is not JSON") from error
         return _read(payload)
 

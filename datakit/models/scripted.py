@@ -21,7 +21,10 @@ _TEXT = (
     "begin with the plan then check each step against the goal and write the result plainly "
     "if something is missing say so ask for it and go on with what is known"
 )
-_BLOCK = re.compile(r"<answer_([a-z])(_*)>\n?(.*?)\n?</answer_\1\2>", re.DOTALL)
+# An opening tag that comes again before it is closed was only mentioned: it opens no block.
+_BLOCK = re.compile(
+    r"<answer_([a-z])(_*)>\n?((?:(?!<answer_\1\2>).)*?)\n?</answer_\1\2>", re.DOTALL
+)
 
 Script = Callable[[dict[str, Any], int], str]
 
@@ -42,7 +45,9 @@ class Scripted:
         if self._script is not None:
             text = self._script(request, ask.draw)
         elif ask.answer_schema is not None:
-            text = json.dumps(_smallest(ask.answer_schema, _preferred_label(request)))
+            text = json.dumps(
+                _smallest(ask.answer_schema, _preferred_label(request), ask.answer_schema)
+            )
         else:
             text = _some_text(digest([self.identity, request, ask.draw]))
         words = len(json.dumps(request).split())
@@ -76,29 +81,45 @@ def _some_text(seed: str) -> str:
 def _preferred_label(request: dict[str, Any]) -> str | None:
     """The label in the request whose text has the larger hash; None where there are no labels."""
     texts = "\n".join(str(turn["content"]) for turn in request.get("messages", ()))
-    blocks = [(digest(text.strip()), label) for label, _, text in _BLOCK.findall(texts)]
+    found: list[tuple[str, str, str]] = _BLOCK.findall(texts)
+    # Shorter tags stand inside the texts, which made the asker lengthen its own.
+    tail = max((tail for _, tail, _ in found), default="")
+    blocks = [(digest(text.strip()), label) for label, own, text in found if own == tail]
     return max(blocks)[1].upper() if blocks else None
 
 
-def _smallest(schema: dict[str, Any], label: str | None) -> Any:
-    """The smallest value valid under a JSON schema, choosing `label` where an enum holds it."""
+def _smallest(schema: dict[str, Any], label: str | None, root: dict[str, Any]) -> Any:
+    """The smallest value valid under a JSON schema, choosing `label` where an enum holds it.
+
+    Not for `pattern`, `format`, `multipleOf` and `uniqueItems`; of `allOf` the first counts.
+    """
+    if "$ref" in schema:
+        target: Any = root
+        for name in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[name]
+        return _smallest(target, label, root)
     if "enum" in schema:
         return label if label in schema["enum"] else schema["enum"][0]
     if "const" in schema:
         return schema["const"]
-    if "anyOf" in schema:
-        return _smallest(schema["anyOf"][0], label)
-    match schema.get("type"):
+    for choice in ("anyOf", "oneOf", "allOf"):
+        if choice in schema:
+            return _smallest(schema[choice][0], label, root)
+    kind = schema.get("type")
+    match kind[0] if isinstance(kind, list) else kind:
         case "object":
             properties = schema.get("properties", {})
             required = schema.get("required", properties)
-            return {name: _smallest(properties[name], label) for name in required}
+            return {name: _smallest(properties.get(name, {}), label, root) for name in required}
         case "array":
-            return [_smallest(schema["items"], label)] * schema.get("minItems", 0)
+            least = schema.get("minItems", 0)
+            return [_smallest(schema.get("items", {}), label, root) for _ in range(least)]
         case "string":
-            return "x" * schema.get("minLength", 0) or "scripted"
+            return "x" * schema.get("minLength", 0) or "scripted"[: schema.get("maxLength")]
         case "integer" | "number":
-            return schema.get("minimum", 0)
+            if "exclusiveMinimum" in schema:
+                return schema["exclusiveMinimum"] + 1
+            return schema.get("minimum", min(0, schema.get("maximum", 0)))
         case "boolean":
             return False
         case _:

@@ -16,20 +16,6 @@ from datakit.report.samples import samples
 from datakit.text import near_miss, shorten
 from datakit.versions import StepCount, measure_names
 
-MODEL_TROUBLE = frozenset(
-    {
-        "too_few_answers",
-        "too_few_verdicts",
-        "content_filter",
-        "empty",
-        "length",
-        "not_json",
-        "no_verdict",
-        "bad_request",
-    }
-)
-"""Reasons that say that a model failed, not that the row was unfit."""
-
 NOT_STATED = "not stated"
 _TOP = 20
 _MISSING = object()
@@ -153,15 +139,13 @@ def _number_paths(node: Mapping[str, Any], before: str = "") -> Iterable[str]:
 
 
 def _funnel(funnel: Sequence[StepCount]) -> dict[str, dict[str, Any]]:
-    """Counts by alias, in order; `failed` is how many of the dropped rows a model failed on."""
+    """Counts by alias, in order."""
     steps: dict[str, dict[str, Any]] = {}
     for one in funnel:
-        named = sum(rows for reason, rows in one.reasons.items() if reason in MODEL_TROUBLE)
         alias = one.alias
         while alias in steps:
             alias += "+"
-        # A row without an answer often has one of the named reasons too: no row counts twice.
-        steps[alias] = one.model_dump(exclude={"alias"}) | {"failed": max(named, one.unanswered)}
+        steps[alias] = one.model_dump(exclude={"alias"})
     return steps
 
 

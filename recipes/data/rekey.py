@@ -16,7 +16,7 @@ from pathlib import Path
 from datakit.models.chat import Ask, Reply
 from datakit.models.ledger import Ledger
 from datakit.recipe import Recipe, load_recipe
-from datakit.run import run
+from datakit.pipeline import run
 
 FOLDER = Path(__file__).parent
 

@@ -112,7 +112,7 @@ def made_pairs(judged):
     return pairs
 
 
-def step(alias, rows_in, kept, unanswered=0, **reasons):
+def step(alias, rows_in, kept, unanswered=0, failed=0, **reasons):
     return StepCount(
         alias=alias,
         step=f"annotation.{alias}",
@@ -121,6 +121,7 @@ def step(alias, rows_in, kept, unanswered=0, **reasons):
         kept=kept,
         dropped=sum(reasons.values()),
         reasons=reasons,
+        failed=failed,
         unanswered=unanswered,
     )
 
@@ -200,8 +201,8 @@ def pairs(judged):
 @pytest.fixture(scope="module")
 def report(pairs, judged):
     funnel = (
-        step("respond", 40, 36, 3, too_few_answers=4),
-        step("judge", 36, 30, 1, too_few_verdicts=2, one_text=4),
+        step("respond", 40, 36, 3, 4, too_few_answers=4),
+        step("judge", 36, 30, 1, 2, too_few_verdicts=2, one_text=4),
         step("pair", 30, len(pairs), tie=30 - len(pairs)),
     )
     return report_of(pairs, judged, funnel)
@@ -226,7 +227,6 @@ def test_dropped_and_failures_count_each_row_once(report, pairs):
     assert list(report["funnel"]) == ["respond", "judge", "pair"]
     assert report["dropped"]["rows"] == 4 + 6 + 30 - len(pairs)
     assert report["dropped"]["share"] == report["dropped"]["rows"] / 40
-    # Three of the four rows without enough answers are the unanswered ones.
     assert [step["failed"] for step in report["funnel"].values()] == [4, 2, 0]
     assert report["failures"] == {"rows": 6, "share": 6 / 40, "kept_with_failures": 0}
 
@@ -440,7 +440,7 @@ def test_a_measure_of_some_rows_counts_those(pairs, judged):
 
 def test_same_rows_same_bytes(report, pairs, judged):
     funnel = [
-        StepCount(alias=a, **{k: v for k, v in s.items() if k != "failed"})
+        StepCount(alias=a, **s)
         for a, s in report["funnel"].items()
     ]
     again = report_of(pairs, judged, funnel)
