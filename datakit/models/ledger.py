@@ -225,8 +225,12 @@ class Ledgered:
                 "--offline, give the model a base_url, or import the answers with "
                 "`datakit ledger import`"
             )
-        if key in self._under_way:
-            return await asyncio.shield(self._under_way[key])
+        while key in self._under_way:
+            other = self._under_way[key]
+            await asyncio.wait([other])
+            # Who asked first may have been cancelled: then it is for one of those who wait to ask.
+            if not other.cancelled():
+                return other.result()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._under_way[key] = future
         try:
@@ -236,6 +240,9 @@ class Ledgered:
             standing = self._ledger.put(entry)
             future.set_result(standing)
             return standing
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
         except BaseException as error:
             future.set_exception(error)
             future.exception()  # seen: whoever waits gets it, nobody waiting is no warning

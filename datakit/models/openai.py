@@ -63,9 +63,12 @@ class OpenAIChat:
             payload = await client.post(path, body=body, cast_to=object)
         except openai.APIStatusError as error:
             raise _classified(error, self._spec) from error
-        except openai.APITimeoutError as error:
-            raise _Transient("timeout", f"no answer within {self._spec.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
+            # The transport calls a refused connection a timeout too, of connecting.
+            connected = type(error.__cause__).__name__ != "ConnectTimeout"
+            if isinstance(error, openai.APITimeoutError) and connected:
+                waited = f"no answer within {self._spec.timeout_s:g} s"
+                raise _Transient("timeout", waited) from error
             raise _Transient("connection", f"connection failed: {error.__cause__}") from error
         except (
             json.JSONDecodeError,
