@@ -6,8 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datakit.recipe import load_recipe
     from datakit.pipeline import run
+    from datakit.recipe import load_recipe
 
 __version__ = "0.1.0"
 

@@ -8,15 +8,19 @@ import json
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from datakit import __version__
 from datakit.errors import DatakitError, InputError, Stopped
 from datakit.text import plain, shorten
+
+if TYPE_CHECKING:
+    from datakit.recipe import Recipe
 
 app = typer.Typer(
     name="datakit",
@@ -64,6 +68,16 @@ class _Debug:
     on = False
 
 
+def _loaded(recipe: str, overrides: Sequence[str]) -> "Recipe":
+    """The checked recipe, after saying what may surprise in it."""
+    from datakit.recipe import load_recipe, notes
+
+    loaded = load_recipe(recipe, overrides)
+    for note in notes(loaded):
+        print(f"note: {plain(note)}", file=sys.stderr)
+    return loaded
+
+
 @app.command()
 def run(
     recipe: Recipe_,
@@ -78,14 +92,14 @@ def run(
     as_json: Json_ = False,
 ) -> None:
     """Run a recipe to a version."""
-    from datakit.progress import Progress
     from datakit.pipeline import run as run_recipe
+    from datakit.progress import Progress
 
+    loaded = _loaded(recipe, overrides)
     with Progress() as watch:
         version = run_recipe(
-            recipe,
+            loaded,
             limit=limit,
-            overrides=overrides,
             outputs=outputs,
             state=state,
             offline=offline,
@@ -104,9 +118,7 @@ def run(
 @app.command()
 def check(recipe: Recipe_, overrides: Set_ = []) -> None:  # noqa: B006
     """Find every mistake in a recipe without running it."""
-    from datakit.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
+    loaded = _loaded(recipe, overrides)
     line = " -> ".join(
         f"{placed.alias} ({kind.__name__})"
         for placed, kind in zip(loaded.steps, loaded.kinds(), strict=True)

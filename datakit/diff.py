@@ -6,7 +6,7 @@ Minor: rows or columns added, or fewer relabelled, removed or rescored. Patch: t
 
 import polars as pl
 
-from datakit.records import Value
+from datakit.values import Value
 from datakit.versions import number
 
 _SMALL = 0.05

@@ -12,10 +12,10 @@ import polars as pl
 
 from datakit.errors import BugError, InputError
 from datakit.recipe import PlacedStep, Recipe
-from datakit.records import Value
 from datakit.session import Settings
 from datakit.step import FrameStep, RowStep
 from datakit.store import Chunk, Done, Store
+from datakit.values import Value
 
 
 class Work(Value):

@@ -16,10 +16,11 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, model_
 
 from datakit.catalog import find_step
 from datakit.errors import InputError, RecipeError
-from datakit.models.chat import DEFAULT_MODELS, ModelSpec, Spec
-from datakit.records import Record, Value
+from datakit.models.chat import DEFAULT_MODELS, ModelSpec, OpenAISpec, Spec
+from datakit.records import Record
 from datakit.step import SourceStep, Step, roles
 from datakit.text import near_miss
+from datakit.values import Value
 
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 RESERVED = ("splits",)
@@ -110,6 +111,20 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for override in overrides:
         _override(data, override)
     return _build(cast("dict[str, Any]", _with_environment(data, "")), base)
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """What is allowed and yet may surprise."""
+    used = {role for placed in recipe.steps for _, role, _ in roles(placed.step)}
+    return [
+        f"models.{role} has neither revision nor identity: if {spec.model!r} is replaced behind "
+        "its name, old answers still count"
+        for role, spec in recipe.models.items()
+        if role in used
+        and isinstance(spec, OpenAISpec)
+        and spec.base_url
+        and spec.resolved_identity() == spec.model
+    ]
 
 
 def shipped_folder(name: str) -> Path:
@@ -380,9 +395,22 @@ def _check(recipe: Recipe) -> None:
             )
         kind = placed.step.gives(kind)
         _check_roles(recipe, placed, path)
+        _check_trust(recipe, placed, path)
     total = sum(recipe.splits.values())
     if any(share <= 0 for share in recipe.splits.values()) or abs(total - 1) > 1e-9:
         raise RecipeError(f"splits: shares must be positive and add up to 1, not to {total:g}")
+
+
+def _check_trust(recipe: Recipe, placed: PlacedStep, path: str) -> None:
+    """A private source reaches only endpoints that the recipe trusts."""
+    source = recipe.steps[0].step
+    assert isinstance(source, SourceStep)
+    for field, role, _ in roles(placed.step):
+        spec = recipe.models[role]
+        if source.private and isinstance(spec, OpenAISpec) and not spec.trusted:
+            raise RecipeError(
+                f"{path}.{field}: steps[0] is private, and models.{role} is not `trusted: true`"
+            )
 
 
 def _check_roles(recipe: Recipe, placed: PlacedStep, path: str) -> None:

@@ -9,24 +9,15 @@ number, and for a derived row its parents, the step's alias and the slot. `id` i
 kind, origin and content, so two equal rows are two rows and a row keeps its id from run to run.
 """
 
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import polars as pl
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    SerializationInfo,
-    model_validator,
-)
+from pydantic import model_validator
 
 from datakit.text import digest
+from datakit.values import Labels, Measures, Number, Value, polars_type
 
 SCHEMA_VERSION = 1
 """Raised when a kind's columns change their meaning; enters every part key."""
@@ -35,34 +26,6 @@ ID_BYTES = 12
 
 V = TypeVar("V")
 R = TypeVar("R", bound="Record")
-
-
-def _dict_from_pairs(value: object) -> object:
-    if isinstance(value, list):
-        pairs = typing.cast("list[dict[str, object]]", value)
-        return {str(pair["name"]): pair["value"] for pair in pairs}
-    return value
-
-
-def _pairs_for_frame(value: Mapping[str, object], info: SerializationInfo) -> object:
-    if info.context == "frame":
-        return [{"name": name, "value": value[name]} for name in sorted(value)]
-    return dict(sorted(value.items()))
-
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Measures = Annotated[
-    dict[str, Number], BeforeValidator(_dict_from_pairs), PlainSerializer(_pairs_for_frame)
-]
-Labels = Annotated[
-    dict[str, str], BeforeValidator(_dict_from_pairs), PlainSerializer(_pairs_for_frame)
-]
-
-
-class Value(BaseModel):
-    """Frozen, strict about unknown fields: the base of everything that is plain data."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Message(Value):
@@ -205,7 +168,7 @@ class Record(Value):
     def table_schema(cls) -> pl.Schema:
         """The kind's table schema, in field order."""
         return pl.Schema(
-            {name: _polars_type(field.annotation) for name, field in cls.model_fields.items()}
+            {name: polars_type(field.annotation) for name, field in cls.model_fields.items()}
         )
 
 
@@ -390,36 +353,6 @@ def _other_side(name: str) -> str:
         if name.endswith(side):
             return name.removesuffix(side) + other
     return name
-
-
-_SCALARS: dict[object, pl.DataType] = {
-    str: pl.String(),
-    int: pl.Int64(),
-    float: pl.Float64(),
-    bool: pl.Boolean(),
-    datetime: pl.Datetime("us", "UTC"),
-}
-
-
-def _polars_type(annotation: Any) -> pl.DataType:
-    """The polars type of a field; a dict becomes a list of (name, value) structs."""
-    if annotation in _SCALARS:
-        return _SCALARS[annotation]
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _polars_type(args[0])
-    if origin is Literal:
-        return pl.String()
-    if origin in (typing.Union, types.UnionType):
-        return _polars_type(next(arg for arg in args if arg is not type(None)))
-    if origin is tuple:
-        return pl.List(_polars_type(args[0]))
-    if origin is dict:
-        return pl.List(pl.Struct({"name": pl.String(), "value": _polars_type(args[1])}))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        fields = annotation.model_fields.items()
-        return pl.Struct({name: _polars_type(field.annotation) for name, field in fields})
-    raise TypeError(f"no table type for {annotation!r}")
 
 
 def to_frame(kind: type[R], rows: Iterable[R]) -> pl.DataFrame:

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +157,20 @@ class _Draft:
             self.funnel,
         )
 
-    def _splits(self, dones: Sequence[Done]) -> Splits:
-        """The split of each row of a step."""
-        schema = pl.Schema({"id": pl.String(), "roots": pl.List(pl.String())})
+    @cached_property
+    def _roots(self) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+        """The source's roots, their duplicates, and the roots of the version before."""
         previous = pl.DataFrame(schema=ROOTS)
         if self.before is not None:
             previous = pl.read_parquet(self.before.folder / "splits.parquet")
-        return assign_splits(
-            self.store.scan(chunks(dones), schema).select("id", "roots").collect(),
-            source_roots(self.store, self.kinds[0], self.markers[0]),
-            duplicate_roots(self.store, self.markers),
-            previous,
-            self.recipe.splits,
-            self.recipe.seed,
-        )
+        roots = source_roots(self.store, self.kinds[0], self.markers[0])
+        return roots, duplicate_roots(self.store, self.markers), previous
+
+    def _splits(self, dones: Sequence[Done]) -> Splits:
+        """The split of each row of a step."""
+        schema = pl.Schema({"id": pl.String(), "roots": pl.List(pl.String())})
+        rows = self.store.scan(chunks(dones), schema).select("id", "roots").collect()
+        return assign_splits(rows, *self._roots, self.recipe.splits, self.recipe.seed)
 
     def _ratings(self) -> tuple[list[Done], type[Record]] | None:
         """The last step that gives candidates, where the recipe goes on to something else."""

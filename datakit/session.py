@@ -11,9 +11,9 @@ from datakit.models.embed import CachedEmbedder, open_embedder
 from datakit.models.ledger import Ledger, Ledgered, Meter
 from datakit.models.openai import OpenAIChat
 from datakit.models.scripted import Scripted
-from datakit.records import Value
 from datakit.step import Step, roles
 from datakit.store import Done
+from datakit.values import Value
 from datakit.versions import Version
 
 

@@ -4,14 +4,15 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datakit.catalog import find_step, step_names
 from datakit.engine import Markers, execute
 from datakit.lineage import funnel
+from datakit.pipeline import rehearsal
 from datakit.progress import Progress
 from datakit.recipe import Recipe, load_recipe
-from datakit.pipeline import rehearsal
+from datakit.records import from_frame
 from datakit.session import Settings
 from datakit.step import Step
 from datakit.store import Store
@@ -64,13 +65,24 @@ def show_rehearsal(source: str, rows: int, overrides: Sequence[str]) -> None:
 
 
 def _sample(recipe: Recipe, store: Store, markers: Markers, position: int) -> str:
-    """The own fields of a step's first row, on one line."""
+    """The own fields of a step's first row, a line each."""
     kind = recipe.kinds()[position]
     for done in markers[position]:
         for chunk in done.chunks:
-            row = store.read(chunk).row(0, named=True)
-            return shorten(json.dumps({name: row[name] for name in kind.own}, default=str), 300)
+            row = from_frame(kind, store.read(chunk))[0]
+            fields = {name: value for name, value in row.body().items() if value}
+            said = [f"{name}: {shorten(_spoken(value), 160)}" for name, value in fields.items()]
+            return "\n    ".join(said)
     return "(no row came this far)"
+
+
+def _spoken(value: object) -> str:
+    """Turns as `role: text`, all else as JSON."""
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        if all(isinstance(item, dict) and item.keys() == {"role", "content"} for item in items):
+            return " / ".join(f"{item['role']}: {item['content']}" for item in items)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _step_line(count: StepCount) -> str:

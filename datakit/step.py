@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Ty
 import polars as pl
 from pydantic import Field
 
-from datakit.records import Record, Value
+from datakit.records import Record
+from datakit.values import Value
 
 if TYPE_CHECKING:
     from datakit.kit import Kit
@@ -128,7 +129,9 @@ class Step(Value):
 
 
 class SourceStep(Step, Generic[Out]):
-    """Reads rows from outside."""
+    """Reads rows from outside; those of a `private` one reach only models that are trusted."""
+
+    private: bool = False
 
     def ranges(self, kit: "Kit") -> Iterator[Range]:
         """The parts of the source, in order."""

@@ -19,8 +19,8 @@ from typing import Literal
 import polars as pl
 
 from datakit.errors import OutsideError, Rejected
-from datakit.records import Value
 from datakit.step import DROPPED
+from datakit.values import Value
 
 
 class Chunk(Value):

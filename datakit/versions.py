@@ -16,8 +16,9 @@ import polars as pl
 from pydantic import ValidationError
 
 from datakit.errors import InputError
-from datakit.records import KINDS, Record, Value
+from datakit.records import KINDS, Record
 from datakit.text import near_miss
+from datakit.values import Value
 
 _ADDRESS = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]*)(@(?P<version>\d+\.\d+\.\d+))?")
 _DERIVED = ("pair_key",)

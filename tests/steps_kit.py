@@ -149,3 +149,21 @@ def says_what_it_was_asked(request, draw):
 
 def says_nul(request, draw):
     return "a\x00b"
+
+
+# -- rows that are equal in some parts -----------------------------------------------------------
+
+
+def equal_in_parts(kind):
+    """Row 0, one with its prompt, one with its answers, one with both, and one with neither."""
+    old, new = "How do I prune an apple tree?", "Which bread keeps longest in summer?"
+    good, bad = "Cut the dead wood in late winter.", "Just leave the branches alone, friend."
+    rye, wheat = "Rye bread, for its acid.", "White toast goes stale within a day."
+    made = pair if kind is Pair else candidates
+    rows = [made(old, good, bad), made(old, rye, wheat), made(new, good, bad), made(old, good, bad)]
+    rows.append(made("What is the tide?", "The moon pulls at the sea.", "Nobody has found out."))
+    return [row.identified(str(place)) for place, row in enumerate(rows)]
+
+
+EQUAL_TO_ROW_0 = {"prompt": {1, 3}, "response": {2, 3}, "row": {3}}
+"""By what is compared: the rows of `equal_in_parts` that row 0 makes superfluous."""

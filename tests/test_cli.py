@@ -80,6 +80,16 @@ def test_a_terminal_is_safe_from_what_a_file_says(datakit, tmp_path):
     assert "\x1b" not in datakit("check", "evil.yaml").stderr
 
 
+def test_a_model_that_could_change_unnoticed_is_noted(datakit):
+    live = ["--set", "models.judge.base_url=http://127.0.0.1:1/v1"]
+    assert (
+        "note: models.judge has neither revision nor"
+        in datakit("check", "quickstart", *live).stderr
+    )
+    pinned = datakit("check", "quickstart", *live, "--set", "models.judge.revision=a1")
+    assert not pinned.stderr
+
+
 def test_methods_list_every_step_and_show_one(datakit):
     done = datakit("methods")
     assert "curation.near" in done.stdout

@@ -124,6 +124,18 @@ def test_what_changes_an_answer_asks_again_and_nothing_else_does(go, change, sen
     assert (watch.meter.sent > 0) is sends
 
 
+def test_an_overwritten_checkpoint_is_another_model_and_a_moved_one_is_not(go, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert go(LINE, model={"model": str(folder)})[1].meter.sent > 0
+    moved = folder.rename(tmp_path / "moved")
+    assert go(LINE, model={"model": str(moved)})[1].meter.sent == 0
+    (moved / "model.safetensors").write_bytes(b"trained")
+    assert go(LINE, model={"model": str(moved)})[1].meter.sent > 0
+
+
 def test_another_seed_or_alias_is_another_part(go):
     keys = [
         {done.key for done in go(steps, seed=seed)[0][-1]}

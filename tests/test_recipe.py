@@ -103,6 +103,14 @@ def test_a_mistake_is_named_by_its_path_with_the_near_miss(recipe, path, said):
     assert said in str(caught.value)
 
 
+def test_a_private_source_reaches_only_trusted_models():
+    live = {"kind": "openai", "model": "m", "base_url": "http://x/v1"}
+    private = {"steps__0__private": True, "models__writer": live}
+    with pytest.raises(RecipeError, match=r"steps\[2\]\.models: .* is not `trusted: true`"):
+        load_recipe(changed(**private))
+    load_recipe(changed(**private | {"models__writer": live | {"trusted": True}}))
+
+
 def test_a_secret_in_a_recipe_is_not_repeated():
     with pytest.raises(RecipeError) as caught:
         load_recipe(changed(models__writer={"kind": "openai", "model": "m", "api_key": "sk-1"}))

@@ -15,7 +15,7 @@ from typing import Generic, Literal
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from datakit.curation._texts import Over, embedded, vectors_of
 from datakit.kit import Kit
@@ -38,6 +38,13 @@ class Select(TableStep[In, In], Generic[In]):
     over: Over = "prompt"
     noise: float = Field(default=0.1, gt=0)
     embedder: EmbedRole = "embedder"
+
+    @field_validator("keep")
+    @classmethod
+    def _rows_or_share(cls, keep: int | float) -> int | float:
+        if isinstance(keep, float) and keep >= 1:
+            raise ValueError(f"{keep:g} is neither a number of rows nor a fraction below 1")
+        return keep
 
     def prepare(self, frame: pl.DataFrame, kit: Kit) -> pl.DataFrame:
         """`vector`: float32 [d] of unit length."""

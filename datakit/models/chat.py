@@ -15,8 +15,9 @@ from pydantic import Field, JsonValue, field_validator
 
 from datakit.errors import InputError, MissingExtra
 from datakit.models.identity import folder_identity
-from datakit.records import Messages, Value
+from datakit.records import Messages
 from datakit.text import digest
+from datakit.values import Value
 
 INERT = frozenset(
     {
@@ -106,9 +107,11 @@ class Spec(Value):
     trusted: bool = False
 
     def resolved_identity(self) -> str:
-        """Which model this is, wherever it runs."""
+        """Which model this is, wherever it runs; a local folder is what its files hold."""
         if self.identity:
             return self.identity
+        if (Path(self.model) / "config.json").is_file():
+            return folder_identity(Path(self.model))
         return f"{self.model}@{self.revision}" if self.revision else self.model
 
     def fingerprint(self) -> str:
@@ -211,8 +214,6 @@ class SentenceTransformersSpec(EmbedSpec):
                     "define another under models.embedder"
                 )
             return f"all-MiniLM-L6-v2@{importlib.metadata.version(PACKAGED_MODEL)}"
-        if Path(self.model).is_dir():
-            return folder_identity(Path(self.model))
         return super().resolved_identity()
 
 

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from datakit.errors import EndpointError, InputError, NotRecorded, OutsideError
 from datakit.models.chat import Ask, ChatModel, ChatSpec, Reply, wire_request
-from datakit.records import Value
 from datakit.text import canonical_json, digest, shorten
+from datakit.values import Value
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (

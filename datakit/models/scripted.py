@@ -8,6 +8,7 @@ depend on the order shown. Otherwise it gives a short text seeded by the request
 
 import importlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def _find(path: str) -> Script:
     module_name, _, function = path.partition(":")
     try:
         return getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"script {path!r} is not `default` and not an importable `module:function`: {error}"
         ) from error
@@ -113,14 +114,24 @@ def _smallest(schema: dict[str, Any], label: str | None, root: dict[str, Any]) -
             return {name: _smallest(properties.get(name, {}), label, root) for name in required}
         case "array":
             least = schema.get("minItems", 0)
-            return [_smallest(schema.get("items", {}), label, root) for _ in range(least)]
+            items = schema.get("prefixItems", [])[:least]
+            items += [schema.get("items", {})] * (least - len(items))
+            return [_smallest(item, label, root) for item in items]
         case "string":
             return "x" * schema.get("minLength", 0) or "scripted"[: schema.get("maxLength")]
         case "integer" | "number":
-            if "exclusiveMinimum" in schema:
-                return schema["exclusiveMinimum"] + 1
-            return schema.get("minimum", min(0, schema.get("maximum", 0)))
+            return _least(schema)
         case "boolean":
             return False
         case _:
             return None
+
+
+def _least(schema: dict[str, Any]) -> float:
+    """A number within the bounds: near the lower one, without one not above 0."""
+    below, most = schema.get("exclusiveMaximum", math.inf), schema.get("maximum", math.inf)
+    if "exclusiveMinimum" in schema:
+        low = schema["exclusiveMinimum"]
+        fits = low + 1 < below and low + 1 <= most
+        return low + 1 if fits else (low + min(below, most)) / 2
+    return schema.get("minimum", min(0, most, below - 1))

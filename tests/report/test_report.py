@@ -439,10 +439,7 @@ def test_a_measure_of_some_rows_counts_those(pairs, judged):
 
 
 def test_same_rows_same_bytes(report, pairs, judged):
-    funnel = [
-        StepCount(alias=a, **s)
-        for a, s in report["funnel"].items()
-    ]
+    funnel = [StepCount(alias=a, **s) for a, s in report["funnel"].items()]
     again = report_of(pairs, judged, funnel)
     assert json.dumps(again) == json.dumps(report)
     stored = json.loads(json.dumps(report, sort_keys=False))

@@ -1,0 +1,79 @@
+"""Plain data: frozen values, and the table type that follows from an annotation.
+
+A mapping from names to numbers or texts is a dict in Python and in JSON, and a list of (name,
+value) structs in a table, so that the table's schema does not depend on the names.
+"""
+
+import types
+import typing
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+import polars as pl
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+)
+
+
+def _dict_from_pairs(value: object) -> object:
+    if isinstance(value, list):
+        pairs = typing.cast("list[dict[str, object]]", value)
+        return {str(pair["name"]): pair["value"] for pair in pairs}
+    return value
+
+
+def _pairs_for_frame(value: Mapping[str, object], info: SerializationInfo) -> object:
+    if info.context == "frame":
+        return [{"name": name, "value": value[name]} for name in sorted(value)]
+    return dict(sorted(value.items()))
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Measures = Annotated[
+    dict[str, Number], BeforeValidator(_dict_from_pairs), PlainSerializer(_pairs_for_frame)
+]
+Labels = Annotated[
+    dict[str, str], BeforeValidator(_dict_from_pairs), PlainSerializer(_pairs_for_frame)
+]
+
+
+class Value(BaseModel):
+    """Frozen, strict about unknown fields: the base of everything that is plain data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_SCALARS: dict[object, pl.DataType] = {
+    str: pl.String(),
+    int: pl.Int64(),
+    float: pl.Float64(),
+    bool: pl.Boolean(),
+    datetime: pl.Datetime("us", "UTC"),
+}
+
+
+def polars_type(annotation: Any) -> pl.DataType:
+    """The polars type of a field; a dict becomes a list of (name, value) structs."""
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return polars_type(args[0])
+    if origin is Literal:
+        return pl.String()
+    if origin in (typing.Union, types.UnionType):
+        return polars_type(next(arg for arg in args if arg is not type(None)))
+    if origin is tuple:
+        return pl.List(polars_type(args[0]))
+    if origin is dict:
+        return pl.List(pl.Struct({"name": pl.String(), "value": polars_type(args[1])}))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return pl.Struct({name: polars_type(field.annotation) for name, field in fields})
+    raise TypeError(f"no table type for {annotation!r}")
