@@ -17,12 +17,15 @@ from datakit.step import FrameStep, RowStep
 from datakit.store import Chunk, Done, Store
 from datakit.values import Value
 
+WIDE_PART = 20_000
+"""Rows of a part that only vectorised steps look at: each part costs files, not calls."""
+
 
 class Work(Value):
     """Steps over a lane of parts: the unit that is distributed.
 
     Several steps are row-local and run depth first; a source has no inputs. `kind` is the kind of
-    the input rows.
+    the input rows, `cut` about how many rows a part has where the output is cut anew.
     """
 
     steps: tuple[PlacedStep, ...]
@@ -30,6 +33,7 @@ class Work(Value):
     inputs: tuple[Chunk, ...]
     lane: int
     lanes: int
+    cut: int
     settings: Settings
 
     @property
@@ -50,7 +54,9 @@ def execute(recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1) 
     markers: Markers = []
     kinds = recipe.kinds()
     store = Store(settings.outputs)
-    for first, stage in _stages(recipe.steps):
+    stages = list(_stages(recipe.steps))
+    for number, (first, stage) in enumerate(stages):
+        following = stages[number + 1][1] if number + 1 < len(stages) else ()
         inputs = [chunk for done in markers[-1] for chunk in done.chunks] if markers else []
         runs = _lanes(inputs, lanes if _is_row_local(stage[0]) else 1)
         works = [
@@ -58,11 +64,12 @@ def execute(recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1) 
                 steps=stage,
                 kind=kinds[first - 1].__name__ if first else "",
                 inputs=tuple(run),
-                lane=number,
+                lane=lane,
                 lanes=len(runs),
+                cut=_cut(following, settings.rows_per_part),
                 settings=settings,
             )
-            for number, run in enumerate(runs)
+            for lane, run in enumerate(runs)
         ]
         results = spread(works)
         for position, placed in enumerate(stage):
@@ -83,6 +90,12 @@ def _stages(steps: Sequence[PlacedStep]) -> Iterator[tuple[int, tuple[PlacedStep
             stop += 1
         yield start, tuple(steps[start:stop])
         start = stop
+
+
+def _cut(following: Sequence[PlacedStep], rows_per_part: int) -> int:
+    """Small parts where models are asked next, so that little waits for a part to end."""
+    asks = any(isinstance(placed.step, RowStep) for placed in following)
+    return rows_per_part if asks else max(rows_per_part, WIDE_PART)
 
 
 def _is_row_local(placed: PlacedStep) -> bool:

@@ -1,9 +1,11 @@
 """What the parts of a run say about each other: roots, duplicates, the funnel, the rejects."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import polars as pl
 
+from datakit.recipe import PlacedStep
 from datakit.records import ID_BYTES, Record
 from datakit.step import DROPPED
 from datakit.store import Chunk, Done, Store
@@ -14,21 +16,20 @@ REJECTS = pl.Schema({"step": pl.String(), **DROPPED})
 """A row of `rejects.parquet`: the alias of the step, then DROPPED."""
 
 
-def funnel(markers: Sequence[Sequence[Done]]) -> tuple[StepCount, ...]:
-    """Rows in, kept and dropped by reason for each step."""
+def funnel(
+    steps: Sequence[PlacedStep], kinds: Sequence[type[Record]], markers: Sequence[Sequence[Done]]
+) -> tuple[StepCount, ...]:
+    """Rows in, kept and dropped by reason for each step, also for those that no row reached."""
     counts: list[StepCount] = []
-    for dones in markers:
-        if not dones:
-            continue
-        reasons: dict[str, int] = {}
+    for placed, kind, dones in zip(steps, kinds, markers, strict=True):
+        reasons: Counter[str] = Counter()
         for done in dones:
-            for reason, rows in done.reasons.items():
-                reasons[reason] = reasons.get(reason, 0) + rows
+            reasons.update(done.reasons)
         counts.append(
             StepCount(
-                alias=dones[0].alias,
-                step=dones[0].step,
-                kind=dones[0].kind,
+                alias=placed.alias,
+                step=placed.name,
+                kind=kind.__name__,
                 rows_in=sum(done.rows_in for done in dones),
                 kept=sum(done.rows for done in dones),
                 dropped=sum(done.dropped_rows for done in dones),

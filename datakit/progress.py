@@ -1,13 +1,12 @@
 """Progress for people: a live table on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -92,7 +91,7 @@ class Progress(Watch):
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        self._console.print(self._calls(), highlight=False)
+        self._console.print(self._calls(), highlight=False, soft_wrap=True)
 
     def _calls(self) -> str:
         meter = self.meter
@@ -111,8 +110,8 @@ class Progress(Watch):
                 return f"; {alias} done in about {left:,.0f} s"
         return ""
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, caption=Text(self._calls()), caption_justify="left")
+    def _table(self) -> Group:
+        table = Table(box=None, pad_edge=False)
         table.add_column("step")
         for name in ("rows", "through", "kept", "dropped", "unanswered"):
             table.add_column(name, justify="right")
@@ -120,9 +119,4 @@ class Progress(Watch):
             through = min(count.through + count.working, count.rows)
             numbers = (count.rows, through, count.kept, count.dropped, count.unanswered)
             table.add_row(alias, *(f"{value:,}" for value in numbers))
-        return table
-
-
-def stdout() -> Console:
-    """A console for results: never wraps what a program may read."""
-    return Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        return Group(table, Text(self._calls()))

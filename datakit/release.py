@@ -30,7 +30,7 @@ from datakit.lineage import (
     source_roots,
 )
 from datakit.models.chat import ChatSpec, EmbedSpec
-from datakit.recipe import Recipe
+from datakit.recipe import Bound, Recipe
 from datakit.records import KINDS, Candidates, Record, from_frame
 from datakit.report.card import render_card
 from datakit.report.numbers import gate, report_numbers
@@ -134,7 +134,7 @@ class _Draft:
         splits.roots.write_parquet(self.folder / "splits.parquet")
         self._write_rejects(splits)
         self.funnel = (
-            *funnel(self.markers),
+            *funnel(self.recipe.steps, self.kinds, self.markers),
             StepCount(
                 alias="splits",
                 step="splits",
@@ -239,7 +239,8 @@ class _Draft:
         version = "1.0.0"
         if self.before is not None:
             version = next_version(self.before.manifest.version, change)
-        verdicts = gate(self.report, self.recipe.gate)
+        # An empty dataset is never what was wanted, unless the recipe says so.
+        verdicts = gate(self.report, {"rows": Bound(min=1)} | self.recipe.gate)
         failed = {path: said for path, said in verdicts.items() if said != "pass"}
         manifest = self._manifest(version, change, verdicts)
         (self.folder / "report.html").write_text(

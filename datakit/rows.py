@@ -11,14 +11,11 @@ from datakit.kit import Kit
 from datakit.recipe import PlacedStep
 from datakit.records import ID_BYTES, SCHEMA_VERSION, Record, from_frame, to_frame
 from datakit.session import Settings
-from datakit.step import DROPPED, Reject, SourceStep, Split, TableStep, roles
+from datakit.step import DROPPED, Reject, Split, roles
 from datakit.text import digest
 
 Dropped = dict[str, Any]
 """One row of DROPPED; what is not said is empty."""
-
-CUTS = (SourceStep, TableStep)
-"""The grains whose output is cut into parts anew."""
 
 
 def part_key(
@@ -32,7 +29,8 @@ def part_key(
     """The name of a part: a hash of everything that can change what is in it.
 
     Step, version, fields (a model role counts as the model behind it), alias, seed, the content of
-    the input rows, everything read from outside, and the version of the record schemas.
+    the input rows and how the output is cut, everything read from outside, and the version of the
+    record schemas.
     """
     step = placed.step
     fields = step.model_dump(mode="json", exclude=set(step.inert | inert))
@@ -47,7 +45,6 @@ def part_key(
         {
             "step": [placed.name, step.version, placed.alias, fields],
             "seed": settings.seed,
-            "rows_per_part": settings.rows_per_part if isinstance(step, CUTS) else 0,
             "kind": kind,
             "inputs": list(inputs),
             "outside": step.fingerprint(kit),

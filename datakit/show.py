@@ -58,7 +58,7 @@ def show_rehearsal(source: str, rows: int, overrides: Sequence[str]) -> None:
             models=recipe.models,
         )
         markers = execute(recipe, settings, lambda works: [perform(work) for work in works])
-        for position, count in enumerate(funnel(markers)):
+        for position, count in enumerate(funnel(recipe.steps, recipe.kinds(), markers)):
             print(_step_line(count))
             print(f"    {_sample(recipe, Store(settings.outputs), markers, position)}")
     print("rehearsed with scripted models; nothing was sent and nothing is kept")

@@ -131,6 +131,8 @@ class Step(Value):
 class SourceStep(Step, Generic[Out]):
     """Reads rows from outside; those of a `private` one reach only models that are trusted."""
 
+    inert = frozenset({"private"})
+
     private: bool = False
 
     def ranges(self, kit: "Kit") -> Iterator[Range]:

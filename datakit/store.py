@@ -8,6 +8,7 @@ unanswered is `partial`, and the run that asks them again writes the next number
 race finds the winner's marker and deletes its own files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
+from pydantic import ValidationError
 
 from datakit.errors import OutsideError, Rejected
 from datakit.step import DROPPED
@@ -73,9 +75,14 @@ class Store:
         self._parts = outputs / "parts"
 
     def find(self, key: str) -> Done | None:
-        """The newest marker of a part, or None."""
-        markers = sorted(self._folder(key).glob("done.*.json"), key=_number)
-        return Done.model_validate_json(markers[-1].read_text()) if markers else None
+        """The newest marker of a part, or None.
+
+        A marker that this release cannot read is of another release: the part is made again.
+        """
+        for marker in sorted(self._folder(key).glob("done.*.json"), key=_number, reverse=True):
+            with contextlib.suppress(ValidationError):
+                return Done.model_validate_json(marker.read_text())
+        return None
 
     def save(
         self,

@@ -174,8 +174,14 @@ def open_version(folder: Path) -> Version:
     path = folder / "manifest.json"
     try:
         return Version(folder=folder, manifest=Manifest.model_validate_json(path.read_bytes()))
-    except (OSError, ValidationError) as error:
+    except OSError as error:
         raise InputError(f"cannot read the manifest {str(path)!r}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{str(path)!r} is no manifest of this release of datakit: {where}: {first['msg']}"
+        ) from error
 
 
 def measure_names(frame: pl.DataFrame, column: str = "measures") -> list[str]:

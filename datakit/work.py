@@ -115,7 +115,7 @@ class _Worker:
         assert isinstance(step, SourceStep)
         kind = step.gives(None)
         kit = self.session.kit(placed.alias)
-        base = part_key(placed, "", (), self.settings, kit)
+        base = part_key(placed, "", [str(self.work.cut)], self.settings, kit)
         dones: list[Done] = []
         seen: Counter[str] | None = None
         left = self.settings.limit
@@ -137,7 +137,7 @@ class _Worker:
                     placed.name,
                     kind.__name__,
                     len(rows) + len(dropped),
-                    cut([to_frame(kind, rows)], self.settings.rows_per_part),
+                    cut([to_frame(kind, rows)], self.work.cut),
                     [dropped_frame(dropped)],
                 )
             self.watch.step_begins(placed.alias, done.rows_in)
@@ -315,7 +315,7 @@ class _Worker:
         rows_in = sum(chunk.rows for chunk in inputs)
         self.watch.step_begins(placed.alias, rows_in)
         digests = [chunk.digest for chunk in inputs]
-        key = part_key(placed, kind.__name__, digests, self.settings, kit)
+        key = part_key(placed, kind.__name__, [str(self.work.cut), *digests], self.settings, kit)
         done = self.store.find(key)
         if done is None:
             table = self.store.scan(inputs, kind.table_schema())
@@ -326,7 +326,7 @@ class _Worker:
             split = _apply(placed, table, kit)
             drops: list[pl.DataFrame] = []
             frames = self._decide(placed, kind, inputs, split, drops)
-            kept = cut(frames, self.settings.rows_per_part)
+            kept = cut(frames, self.work.cut)
             done = self.store.save(
                 key, placed.alias, placed.name, kind.__name__, rows_in, kept, drops
             )

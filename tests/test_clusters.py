@@ -1,5 +1,7 @@
 """Clusters of duplicates: who belongs together, and who stays."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -54,7 +56,7 @@ def test_components_are_those_of_a_union_find(graph):
 def test_a_long_chain_is_one_component(reverse):
     rows = list(range(500))
     np.random.default_rng(0).shuffle(rows)
-    edges = list(zip(rows, rows[1:], strict=False))
+    edges = list(itertools.pairwise(rows))
     assert set(components(500, pairs_of(edges[::-1] if reverse else edges)).tolist()) == {0}
 
 

@@ -208,6 +208,13 @@ def test_a_failed_gate_publishes_nothing_and_keeps_the_candidate(go, tmp_path):
     assert go().address == "line@1.0.0"
 
 
+def test_an_empty_dataset_is_not_published(go, tmp_path):
+    with pytest.raises(GateFailed, match="rows is 0, below 1"):
+        go("steps.answer.skip=question")
+    assert version_numbers(tmp_path, "line") == []
+    assert go().manifest.gate == {"rows": "pass"}
+
+
 def test_a_gate_on_a_number_that_does_not_exist_fails(go):
     with pytest.raises(GateFailed, match="row"):
         go("gate.rowz.min=5")

@@ -35,6 +35,15 @@ def test_files_without_a_marker_are_no_part(tmp_path):
     assert store.find(KEY) is None
 
 
+def test_a_marker_of_another_release_is_no_part(tmp_path):
+    store = Store(tmp_path)
+    marker = store.path(part(store, ["a"]).chunks[0]).parent / "done.0.json"
+    marker.write_text('{"key": "old"}')
+    assert store.find(KEY) is None
+    assert part(store, ["b"]).rows == 1
+    assert store.find(KEY).rows == 1
+
+
 def test_who_comes_second_finds_the_first_and_leaves_no_files(tmp_path):
     store = Store(tmp_path)
     first = part(store, ["a"])

@@ -33,7 +33,7 @@ from datakit.records import (
     Verdict,
 )
 from datakit.step import ChatRole, RowStep
-from datakit.text import digest, fill
+from datakit.text import canonical_json, digest, fill
 from datakit.verdicts import first_share, flip_share
 
 _SCORES = {"A": (1.0, 0.0), "tie": (0.5, 0.5), "B": (0.0, 1.0)}
@@ -73,6 +73,7 @@ Reply with one JSON object and nothing else: {"reason": "<one to three sentences
 "A" | "B" | "tie"}. Say "tie" only if neither is better."""
 
 _TAGS = ("conversation", "answer_a", "answer_b")
+_MARKS = ("<", "</")
 _FENCE = "```"
 
 
@@ -107,7 +108,7 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
         errors = [one for one in found if isinstance(one, RowError)]
         need = len(orders) if self.need is None else min(self.need, len(orders))
         if len(verdicts) < need:
-            raise self._too_few(judged, verdicts, errors, need, len(orders))
+            raise _too_few(row, judged.verdicts, verdicts, errors, need, len(orders))
         measures = {"first_share": first_share(verdicts), "flip_share": flip_share(verdicts)}
         return [
             judged.model_copy(
@@ -154,9 +155,11 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
         """The request that shows `first` as A and `second` as B."""
         conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
         texts = (conversation, first.text, second.text)
-        # A text that holds a closing tag must not close it: the tags grow until none does.
+        # A text that holds a tag must not open or close it: the tags grow beyond any in the texts.
         tail = ""
-        while any(f"</{tag}{tail}>" in text for text in texts for tag in _TAGS):
+        while any(
+            f"{mark}{tag}{tail}" in text for text in texts for tag in _TAGS for mark in _MARKS
+        ):
             tail += "_"
         content = fill(
             TEMPLATE,
@@ -172,20 +175,6 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
     def template_id(self) -> str:
         """Names the wording, so that verdicts of different wordings are told apart."""
         return f"pairwise@{digest([SYSTEM, TEMPLATE, self.criterion], 4)}"
-
-    def _too_few(
-        self,
-        row: Judged,
-        verdicts: Sequence[Verdict],
-        errors: Sequence[RowError],
-        need: int,
-        asked: int,
-    ) -> RowError:
-        """Transient if any failure was, so that the next run asks again for those alone."""
-        worst = next((error for error in errors if error.transient), errors[0])
-        paid = row.model_copy(update={"verdicts": (*row.verdicts, *verdicts)}).model_dump_json()
-        detail = f"{len(verdicts)} of {asked} verdicts, {need} needed; {worst}"
-        return type(worst)("too_few_verdicts", detail, worst.raw, paid)
 
 
 def as_judged(row: Candidates | Pair) -> Judged:
@@ -243,3 +232,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _well_formed(reason: object) -> str:
     """A reason that a table can hold: half a surrogate pair, which JSON can spell, becomes `?`."""
     return reason.encode(errors="replace").decode() if isinstance(reason, str) else ""
+
+
+def _too_few(
+    row: Candidates | Pair,
+    earlier: Sequence[Verdict],
+    verdicts: Sequence[Verdict],
+    errors: Sequence[RowError],
+    need: int,
+    asked: int,
+) -> RowError:
+    """Transient if any failure was, so that the next run asks again for those alone."""
+    worst = next((error for error in errors if error.transient), errors[0])
+    said = [one.model_dump(mode="json") for one in (*earlier, *verdicts)]
+    paid = canonical_json(row.model_dump(mode="json") | {"verdicts": said})
+    detail = f"{len(verdicts)} of {asked} verdicts, {need} needed; {worst}"
+    return type(worst)("too_few_verdicts", detail, worst.raw, paid)

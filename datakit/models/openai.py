@@ -138,7 +138,8 @@ def _read(payload: Any) -> Reply:
             finish_reason=choice.get("finish_reason") or "",
             input_tokens=usage.get("prompt_tokens") or 0,
             output_tokens=usage.get("completion_tokens") or 0,
-            logprobs=choice.get("logprobs"),
+            # A token may be half a character, which would not go into the ledger.
+            logprobs=json.loads(_text(json.dumps(choice.get("logprobs"), ensure_ascii=False))),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         body = shorten(str(payload), 120)

@@ -22,10 +22,7 @@ _TEXT = (
     "begin with the plan then check each step against the goal and write the result plainly "
     "if something is missing say so ask for it and go on with what is known"
 )
-# An opening tag that comes again before it is closed was only mentioned: it opens no block.
-_BLOCK = re.compile(
-    r"<answer_([a-z])(_*)>\n?((?:(?!<answer_\1\2>).)*?)\n?</answer_\1\2>", re.DOTALL
-)
+_OPENING = re.compile(r"<answer_[a-z](_*)>")
 
 Script = Callable[[dict[str, Any], int], str]
 
@@ -82,10 +79,12 @@ def _some_text(seed: str) -> str:
 def _preferred_label(request: dict[str, Any]) -> str | None:
     """The label in the request whose text has the larger hash; None where there are no labels."""
     texts = "\n".join(str(turn["content"]) for turn in request.get("messages", ()))
-    found: list[tuple[str, str, str]] = _BLOCK.findall(texts)
-    # Shorter tags stand inside the texts, which made the asker lengthen its own.
-    tail = max((tail for _, tail, _ in found), default="")
-    blocks = [(digest(text.strip()), label) for label, own, text in found if own == tail]
+    # The asker's own tags are longer than any that stand inside the texts.
+    tail = max(_OPENING.findall(texts), default="")
+    found = re.findall(
+        rf"<answer_([a-z]){tail}>\n?(.*?)\n?</answer_\1{tail}>", texts, flags=re.DOTALL
+    )
+    blocks = [(digest(text.strip()), label) for label, text in found]
     return max(blocks)[1].upper() if blocks else None
 
 

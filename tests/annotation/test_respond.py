@@ -5,7 +5,7 @@ import json
 import pytest
 from endpoint import Endpoint
 from pydantic import ValidationError
-from steps_kit import each, opened, prompt, scripted, served
+from steps_kit import each, prompt, scripted, served
 
 from datakit.annotation.respond import Respond, read
 from datakit.errors import Refused, Rejected, RowError, Unanswered, Unparsable
@@ -232,8 +232,3 @@ def test_a_request_that_the_endpoint_rejects_is_a_rows_own_failure(tmp_path):
         models = {"m": served(server.url, "m", extra_body={"n": 999})}
         with pytest.raises(Rejected, match="too_few_answers"):
             each(Respond(models=("m",)), ROW, tmp_path, models)
-
-
-def test_a_role_that_no_model_has_is_found_before_anything_is_asked(tmp_path):
-    with pytest.raises(KeyError, match="nobody"), opened(Respond(models=("nobody",)), tmp_path, {}):
-        pass

@@ -88,7 +88,7 @@ def test_equal_requests_under_way_are_sent_once(ledger):
     with Endpoint(latency="fixed:0.05") as endpoint:
         given = answers(ledger, openai(endpoint.url), [ask()] * 20)
         assert endpoint.stats()["requests"] == 1
-    assert len(set(reply.text for reply in given)) == 1
+    assert len({reply.text for reply in given}) == 1
 
 
 def test_equal_requests_under_way_fail_together_after_one_request(ledger):

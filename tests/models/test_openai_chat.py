@@ -7,6 +7,7 @@ import asyncio
 import time
 
 import pytest
+from aiohttp import web
 from endpoint import Endpoint
 
 from datakit.errors import EndpointError, InputError, Rejected, Unanswered
@@ -172,6 +173,37 @@ def test_whatever_was_said_is_text_that_the_ledger_and_a_record_hold(tmp_path, a
     assert meter.replayed == 1
 
 
+def test_logprobs_of_half_a_character_go_into_the_ledger(tmp_path):
+    """No fake gives logprobs, so this one server does."""
+    body = (
+        b'{"choices": [{"message": {"content": "x"}, "logprobs":'
+        b' {"content": [{"token": "\\ud83d", "logprob": -0.5}]}}]}'
+    )
+
+    async def serve(_):
+        return web.Response(body=body, content_type="application/json")
+
+    async def answer(ledger):
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", serve)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        spec, meter = OpenAISpec(kind="openai", model="any", base_url=url), Meter()
+        model = Ledgered(OpenAIChat(spec, meter), spec, ledger, meter, offline=False)
+        try:
+            return await model.answer(chat(logprobs=1)), await model.answer(chat(logprobs=1))
+        finally:
+            await model.close()
+            await runner.cleanup()
+
+    with Ledger.opened(tmp_path) as ledger:
+        first, second = asyncio.run(answer(ledger))
+    assert first == second
+    assert first.logprobs == {"content": [{"token": "?", "logprob": -0.5}]}
+
+
 # Faults that a further try may heal
 
 
@@ -314,7 +346,7 @@ def test_an_unknown_model_names_url_and_model():
 
 def test_a_request_that_the_endpoint_calls_bad_is_rejected_after_one_try():
     with Endpoint() as endpoint:
-        with pytest.raises(Rejected, match="answers 400: .*no stream") as raised:
+        with pytest.raises(Rejected, match=r"answers 400: .*no stream") as raised:
             reply(endpoint, chat(extra_body={"stream": True}))
         assert endpoint.stats()["requests"] == 1
     assert raised.value.reason == "bad_request"

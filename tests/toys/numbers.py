@@ -12,15 +12,16 @@ from datakit.step import Range, SourceStep
 
 
 class Numbers(SourceStep[Prompt]):
-    """`rows` prompts, in ranges of 50, numbered modulo `modulo` so that some repeat."""
+    """`rows` prompts, in ranges of `per_range`, numbered modulo `modulo` so that some repeat."""
 
     rows: int = 10
     modulo: int = 1_000_000
     edited: int = -1
+    per_range: int = 50
 
     def ranges(self, kit):
-        for start in range(0, self.rows, 50):
-            stop = min(start + 50, self.rows)
+        for start in range(0, self.rows, self.per_range):
+            stop = min(start + self.per_range, self.rows)
             mark = self.edited if start <= self.edited < stop else ""
             fingerprint = f"{start}-{stop}-{mark}"
             yield Range(name="numbers", start=start, stop=stop, fingerprint=fingerprint)
