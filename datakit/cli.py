@@ -4,11 +4,12 @@ Exit codes: 0 done, 1 the data failed a gate, 2 wrong input, 3 stopped and resum
 world failed, 70 a bug.
 """
 
+import contextlib
 import json
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -78,6 +79,15 @@ def _loaded(recipe: str, overrides: Sequence[str]) -> "Recipe":
     return loaded
 
 
+@contextlib.contextmanager
+def _stoppable() -> Generator[None]:
+    """Make a signal an error of ours, before the parser of the command line takes it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(str(stop) or "stopped by SIGINT") from stop
+
+
 @app.command()
 def run(
     recipe: Recipe_,
@@ -96,7 +106,7 @@ def run(
     from datakit.progress import Progress
 
     loaded = _loaded(recipe, overrides)
-    with Progress() as watch:
+    with _stoppable(), Progress() as watch:
         version = run_recipe(
             loaded,
             limit=limit,
@@ -135,7 +145,8 @@ def rehearse(
     """Run the whole recipe on a few rows with scripted models: no cost, nothing kept."""
     from datakit.show import show_rehearsal
 
-    show_rehearsal(recipe, rows, overrides)
+    with _stoppable():
+        show_rehearsal(recipe, rows, overrides)
 
 
 @app.command()
@@ -240,7 +251,7 @@ def ledger_stats(state: State_ = None, as_json: Json_ = False) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     del frame
-    raise Stopped(f"stopped by {signal.Signals(number).name}")
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
 
 def main() -> None:

@@ -8,7 +8,11 @@ import unicodedata
 from collections.abc import Iterable
 
 _SLOT = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
-_NOT_WORD = re.compile(r"[\W_]+")
+# Marks of a sentence fold away; where they carry meaning they stay: 3.5, .5, 5!, x != y, don't.
+_SENTENCE = re.compile(
+    r"""[;?¿¡…"“”„«»、。]|[.,:](?!\d)|(?<!\d)!(?![=\w(])|(?<!\w)['‘’`´]|['‘’`´](?!\w)"""
+)
+_DASH = re.compile("[‐‑‒–—−]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -33,12 +37,13 @@ def fill(template: str, **values: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Fold case, width, punctuation and white space: the key of an exact duplicate.
+    """Fold case, width, sentence marks and white space: the key of an exact duplicate.
 
-    A text without a single letter or digit keeps its own characters, so that `+` and `-` differ.
+    Operators, symbols and the marks of a script stay, so that `3 + 4` and `3 - 4`, C++ and C#, and
+    two words that differ in a vowel sign are different.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    words = _NOT_WORD.sub(" ", folded).strip()
+    folded = _DASH.sub("-", unicodedata.normalize("NFKC", text).casefold())
+    words = " ".join(_SENTENCE.sub(" ", folded).split())
     return words or " ".join(folded.split())
 
 

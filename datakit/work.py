@@ -3,15 +3,16 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import polars as pl
 
 from datakit.engine import Markers, Work
 from datakit.errors import BugError, DatakitError, Rejected, RowError
 from datakit.kit import Kit
+from datakit.loop import gather, run_in_loop
 from datakit.models.chat import ChatModel, ChatSpec
 from datakit.recipe import PlacedStep
 from datakit.records import KINDS, Record, from_frame, to_frame
@@ -41,8 +42,6 @@ from datakit.step import (
 from datakit.store import Chunk, Done, Store, cut, frame_digest
 from datakit.text import digest
 
-T = TypeVar("T")
-
 
 def perform(
     work: Work, watch: Watch | None = None, models: Mapping[str, ChatModel] | None = None
@@ -57,7 +56,10 @@ def perform(
     def whole() -> Markers:
         steps = [one.step for one in work.steps]
         with Session(work.settings, steps, listener, models) as session:
-            return asyncio.run(_perform(work, session))
+            if isinstance(work.steps[0].step, TableStep):
+                # Needs no loop, and is long: without one, a signal strikes at once.
+                return [[_Worker(work, session).table()]]
+            return run_in_loop(_perform(work, session))
 
     try:
         asyncio.get_running_loop()
@@ -77,8 +79,6 @@ async def _perform(work: Work, session: Session) -> Markers:
         match work.steps[0].step:
             case SourceStep():
                 return [await worker.source()]
-            case TableStep():
-                return [[worker.table()]]
             case GroupStep():
                 return [await worker.groups()]
             case _:
@@ -161,7 +161,7 @@ class _Worker:
         """Depth first: each part goes through every step before many others begin."""
         for placed in self.work.steps[:1]:
             self.watch.step_begins(placed.alias, sum(chunk.rows for chunk in self.work.inputs))
-        lines = await _all([self._line(chunk) for chunk in self.work.inputs])
+        lines = await gather([self._line(chunk) for chunk in self.work.inputs])
         return [
             [line[position] for line in lines if position < len(line)]
             for position in range(len(self.work.steps))
@@ -234,7 +234,7 @@ class _Worker:
             finally:
                 self.watch.row_done(placed.alias)
 
-        results = await _all([one(row) for row in from_frame(kind, frame)])
+        results = await gather([one(row) for row in from_frame(kind, frame)])
         kept = [row for result in results if isinstance(result, list) for row in result]
         drops = [result for result in results if isinstance(result, dict)]
         return to_frame(gives, kept), dropped_frame(drops)
@@ -253,7 +253,7 @@ class _Worker:
         runs = batches(
             ordered.partition_by(step.group_by, maintain_order=True), self.settings.rows_per_part
         )
-        return await _all([self._group_part(placed, kind, batch) for batch in runs])
+        return await gather([self._group_part(placed, kind, batch) for batch in runs])
 
     async def _group_part(
         self, placed: PlacedStep, kind: type[Record], groups: Sequence[pl.DataFrame]
@@ -267,7 +267,7 @@ class _Worker:
         done = self.store.find(key)
         if done is None or done.status == "partial":
             async with self.open_parts:
-                results = await _all([self._group(placed, kind, group, kit) for group in groups])
+                results = await gather([self._group(placed, kind, group, kit) for group in groups])
             kept = to_frame(gives, [row for rows, _ in results for row in rows])
             drops = dropped_frame([drop for _, dropped in results for drop in dropped])
             frame = pl.concat(groups)
@@ -318,14 +318,8 @@ class _Worker:
         key = part_key(placed, kind.__name__, [str(self.work.cut), *digests], self.settings, kit)
         done = self.store.find(key)
         if done is None:
-            table = self.store.scan(inputs, kind.table_schema())
-            if prepares(step) and inputs:
-                prepared = [self._prepared(placed, step, chunk, kit) for chunk in inputs]
-                extra = self.store.scan(prepared, pl.Schema()).drop("id")
-                table = pl.concat([table, extra], how="horizontal")
-            split = _apply(placed, table, kit)
             drops: list[pl.DataFrame] = []
-            frames = self._decide(placed, kind, inputs, split, drops)
+            frames = self._decided_table(placed, step, kind, kit, drops) if inputs else []
             kept = cut(frames, self.work.cut)
             done = self.store.save(
                 key, placed.alias, placed.name, kind.__name__, rows_in, kept, drops
@@ -347,15 +341,23 @@ class _Worker:
             )
         return done.chunks[0]
 
-    def _decide(
+    def _decided_table(
         self,
         placed: PlacedStep,
+        step: TableStep[Record, Record],
         kind: type[Record],
-        chunks: Iterable[Chunk],
-        split: Split,
+        kit: Kit,
         drops: list[pl.DataFrame],
     ) -> Iterator[pl.DataFrame]:
-        for chunk in chunks:
+        """The kept rows, part by part; the dropped ones are added to `drops` as it goes."""
+        inputs = self.work.inputs
+        table = self.store.scan(inputs, kind.table_schema())
+        if prepares(step):
+            prepared = [self._prepared(placed, step, chunk, kit) for chunk in inputs]
+            extra = self.store.scan(prepared, pl.Schema()).drop("id")
+            table = pl.concat([table, extra], how="horizontal")
+        split = _apply(placed, table, kit)
+        for chunk in inputs:
             frame = self.store.read(chunk)
             kept, dropped = decided(frame, split, placed.alias, kind)
             conserve(placed.alias, frame, kept, dropped)
@@ -371,16 +373,3 @@ def _apply(placed: PlacedStep, table: Any, kit: Kit) -> Split:
         raise
     except Exception as error:
         raise BugError(f"step {placed.alias!r} failed: {type(error).__name__}: {error}") from error
-
-
-async def _all(tasks: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; the first error cancels the rest and is raised itself."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(task) for task in tasks]
-    except BaseExceptionGroup as errors:
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-    return [task.result() for task in running]

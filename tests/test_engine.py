@@ -255,3 +255,11 @@ def test_a_row_less_moves_few_borders():
     parts = {tuple(p["id"]) for p in cut([pl.DataFrame({"id": ids})], 100)}
     fewer = {tuple(p["id"]) for p in cut([pl.DataFrame({"id": ids[:2000] + ids[2001:]})], 100)}
     assert len(fewer - parts) <= 3
+
+
+@pytest.mark.parametrize("step", ["curation.exact", "curation.near", "curation.select"])
+def test_a_table_step_that_no_row_reaches_is_done(go, step):
+    fields = {"step": step, "as": "last"} | ({"keep": 3} if step.endswith("select") else {})
+    nothing = {"step": "toys.answer", "skip": "question"}
+    markers, _, _ = go([NUMBERS | {"rows": 2}, nothing, fields])
+    assert [sum(done.rows for done in dones) for dones in markers] == [2, 0, 0]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from datakit.errors import Refused, RowError, Unanswered, Unparsable
+from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
 from datakit.kit import Kit
 from datakit.models.chat import Ask, Reply, Sampling
 from datakit.records import Candidates, Failure, Message, Prompt, Response
@@ -77,6 +77,8 @@ def read(reply: Reply, model: str, sampling: str) -> Response:
     """
     if reply.finish_reason == "content_filter":
         raise Refused("content_filter", f"{model} declined", reply.text)
+    if not reply.text.strip() and reply.finish_reason == "length":
+        raise Truncated("length", f"{model} had no tokens left to answer", reply.reasoning)
     if not reply.text.strip():
         raise Unparsable("empty", f"the reply of {model} is empty", reply.text)
     if "\x00" in reply.text:

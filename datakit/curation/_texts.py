@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from datakit.errors import InputError
 from datakit.kit import Kit
 from datakit.models.embed import Vectors
 from datakit.records import measure
@@ -27,8 +28,7 @@ def row_texts(frame: pl.DataFrame, over: Over) -> list[str]:
             texts = pl.element().struct.field("text")
             columns.append(pl.col("responses").list.eval(texts).list.join("\n"))
     if not columns:
-        # A prompt has no response: nothing to compare, so every row is its own.
-        return frame["id"].to_list()
+        raise InputError(f"`over: {over}` compares nothing here: these rows have no {over}")
     joined = pl.concat_str(columns, separator="\n", ignore_nulls=True)
     return frame.select(text=joined)["text"].to_list()
 
@@ -69,5 +69,8 @@ def priority(table: pl.LazyFrame, keep: Keep, by: str | None, lengths: pl.Expr) 
             worth = lengths.cast(pl.Float64)
         case "highest":
             worth = measure(by or "").fill_null(float("-inf"))
+            found = table.select(worth=measure(by or "")).collect()["worth"]
+            if found.len() > 1 and found.null_count() == found.len():
+                raise InputError(f"`keep: highest`: no row has the measure {by!r}")
     ranked = table.with_columns(worth=worth).select("worth").with_row_index("row").collect()
     return ranked.sort("worth", "row", descending=[True, False])["row"].to_list()

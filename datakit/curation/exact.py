@@ -21,8 +21,7 @@ from datakit.text import digest, normalise
 class Exact(TableStep[In, In], Generic[In]):
     """Keep one of each group of equal rows.
 
-    over: what is compared (for a kind without responses, `response` compares nothing). keep: the
-    first row of the source, or the longest text before folding.
+    over: what is compared. keep: the first row of the source, or the longest text before folding.
     """
 
     prepared_by = frozenset({"over"})

@@ -23,6 +23,8 @@ from datakit.models.embed import Vectors
 from datakit.neighbours import nearest
 from datakit.step import EmbedRole, In, Split, TableStep
 
+_WHY = {"entropy": "the rows that stay already say it", "random": "not drawn"}
+
 
 class Select(TableStep[In, In], Generic[In]):
     """Keep a budget of rows.
@@ -75,7 +77,7 @@ class Select(TableStep[In, In], Generic[In]):
         dropped = rows[left.tolist()].select(
             "id",
             reason=pl.lit("not_selected"),
-            detail=pl.lit("the rows that stay already say it"),
+            detail=pl.lit(_WHY[self.method]),
             related=pl.Series(rows["id"].to_numpy()[taken][index], dtype=pl.String()),
             similarity=pl.Series(similarity, dtype=pl.Float64()),
         )

@@ -110,7 +110,11 @@ class _Transient(Exception):
 def _classified(error: Any, spec: OpenAISpec) -> Exception:
     """The one policy for each HTTP status."""
     status: int = error.status_code
-    said = shorten(str(error.message), 200)
+    said = str(error.message)
+    if spec.api_key_env:
+        # An endpoint may repeat the key that it refuses.
+        said = said.replace(spec.api_key(), "***")
+    said = shorten(said, 200)
     if status in (401, 403):
         where = f"in {spec.api_key_env!r}" if spec.api_key_env else "(api_key_env is not set)"
         return EndpointError(f"{spec.base_url} refuses the key {where} with {status}: {said}")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from datakit.models.chat import Ask, Reply
 from datakit.models.ledger import Ledger
-from datakit.recipe import Recipe, load_recipe
 from datakit.pipeline import run
+from datakit.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent
 

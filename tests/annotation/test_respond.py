@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from steps_kit import each, prompt, scripted, served
 
 from datakit.annotation.respond import Respond, read
-from datakit.errors import Refused, Rejected, RowError, Unanswered, Unparsable
+from datakit.errors import Refused, Rejected, RowError, Truncated, Unanswered, Unparsable
 from datakit.models.chat import OpenAISpec, Reply, Sampling, wire_request
 from datakit.models.ledger import Entry, Ledger
 from datakit.records import Message, Prompt
@@ -212,7 +212,7 @@ def test_what_a_model_was_paid_is_counted_once(tmp_path):
     [
         (Reply(text=""), Unparsable, "empty"),
         (Reply(text=" \n\t\u3000"), Unparsable, "empty"),
-        (Reply(text="", reasoning="I thought", finish_reason="length"), Unparsable, "empty"),
+        (Reply(text="", reasoning="I thought", finish_reason="length"), Truncated, "length"),
         (Reply(text="a\x00b"), Unparsable, "not_text"),
         (Reply(text="x", finish_reason="content_filter"), Refused, "content_filter"),
     ],
@@ -220,7 +220,7 @@ def test_what_a_model_was_paid_is_counted_once(tmp_path):
 def test_what_is_no_answer_is_an_error_with_its_reason(reply, error, reason):
     with pytest.raises(error) as caught:
         read(reply, "m", "{}")
-    assert (caught.value.reason, caught.value.raw) == (reason, reply.text)
+    assert (caught.value.reason, caught.value.raw) == (reason, reply.text or reply.reasoning)
 
 
 def test_an_answer_keeps_its_spaces():

@@ -1,0 +1,67 @@
+"""Running coroutines to their end: the first error counts, and a signal stops them cleanly."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def run_in_loop(task: Coroutine[Any, Any, T]) -> T:
+    """Run `task` in an event loop of its own.
+
+    A signal for which this process has a Python handler cancels the task first, and its handler is
+    called after: one that raises in the middle of a loop would be lost in a callback.
+    """
+    handlers = _handlers()
+    came: list[int] = []
+
+    async def stoppable() -> T:
+        loop = asyncio.get_running_loop()
+        current = asyncio.current_task()
+        assert current is not None
+
+        def stop(number: int) -> None:
+            came.append(number)
+            current.cancel()
+
+        for number in handlers:
+            loop.add_signal_handler(number, stop, number)
+        try:
+            return await task
+        finally:
+            for number, handler in handlers.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    try:
+        return asyncio.run(stoppable())
+    except asyncio.CancelledError:
+        for number in came:
+            handlers[number](number, None)
+        raise
+
+
+def _handlers() -> dict[int, Handler]:
+    """The Python handlers of the signals that stop a program; only the main thread has any."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {number: handler for number, handler in found.items() if callable(handler)}
+
+
+async def gather(tasks: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first error cancels the rest and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(task) for task in tasks]
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    return [task.result() for task in running]
