@@ -6,6 +6,7 @@ world failed, 70 a bug.
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import traceback
@@ -157,7 +158,7 @@ def new(
     ] = "quickstart",
 ) -> None:
     """Write a recipe file that begins as a copy of another."""
-    from datakit.recipe import new_recipe
+    from datakit.recipe_files import new_recipe
 
     new_recipe(file, source)
     print(f"wrote {file}; next: datakit rehearse {file}")
@@ -269,6 +270,10 @@ def main() -> None:
         sys.exit(done.exit_code)
     except typer.Abort:
         sys.exit(InputError.exit_code)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the rest of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except DatakitError as error:
         if _Debug.on:
             traceback.print_exc()

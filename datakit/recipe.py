@@ -17,6 +17,7 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, model_
 from datakit.catalog import find_step
 from datakit.errors import InputError, RecipeError
 from datakit.models.chat import DEFAULT_MODELS, ModelSpec, OpenAISpec, Spec
+from datakit.recipe_files import find_recipe, read_yaml
 from datakit.records import Record
 from datakit.step import SourceStep, Step, roles
 from datakit.text import near_miss
@@ -107,7 +108,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         data, base = copy.deepcopy(dict(source)), Path.cwd()
     else:
         path = find_recipe(str(source))
-        data, base = _read_yaml(path), path.resolve().parent
+        data, base = read_yaml(path), path.resolve().parent
     for override in overrides:
         _override(data, override)
     return _build(cast("dict[str, Any]", _with_environment(data, "")), base)
@@ -125,90 +126,6 @@ def notes(recipe: Recipe) -> list[str]:
         and spec.base_url
         and spec.resolved_identity() == spec.model
     ]
-
-
-def shipped_folder(name: str) -> Path:
-    """The folder `recipes` or `schemas`, in a checkout or an installed wheel."""
-    package = Path(__file__).parent
-    inside = package / "_shipped" / name
-    return inside if inside.is_dir() else package.parent / name
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Every recipe that ships, by name (`quickstart`, `smoke/pairs`)."""
-    folder = shipped_folder("recipes")
-    files = sorted(folder.rglob("*.yaml"))
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or shipped name."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    raise InputError(f"no recipe file {name!r} and no shipped recipe{near_miss(name, shipped)}")
-
-
-def new_recipe(file: Path, source: str) -> None:
-    """Write `file` as a copy of a recipe that works from where it is.
-
-    The name becomes the file's, relative paths become absolute, and a header lets editors complete
-    keys. Raises InputError where the file exists.
-    """
-    if file.exists():
-        raise InputError(f"{str(file)!r} exists; name another file")
-    origin = find_recipe(source)
-    data = _read_yaml(origin)
-    text = origin.read_text(encoding="utf-8")
-    for name in _file_names(data, origin.resolve().parent):
-        text = text.replace(f" {name}\n", f" {(origin.resolve().parent / name).resolve()}\n")
-    name = re.sub(r"[^a-z0-9_-]+", "-", file.stem.lower()).strip("-") or "recipe"
-    text = re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE)
-    text = re.sub(r"^# yaml-language-server:.*\n", "", text)
-    schema = (shipped_folder("schemas") / "recipe.schema.json").resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# yaml-language-server: $schema={schema}\n{text}", encoding="utf-8")
-
-
-def _file_names(value: object, base: Path) -> set[str]:
-    """The relative paths in a recipe that name a file beside it."""
-    if isinstance(value, dict):
-        inner = cast("dict[str, object]", value).values()
-        return {name for one in inner for name in _file_names(one, base)}
-    if isinstance(value, list):
-        return {name for one in cast("list[object]", value) for name in _file_names(one, base)}
-    is_file = isinstance(value, str) and "\n" not in value and (base / value).is_file()
-    return {value} if isinstance(value, str) and is_file else set()
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = cast("Any", self.construct_object(key_node, deep=True))  # pyright: ignore[reportUnknownMemberType]
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} is given twice (line {line})")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read recipe {str(path)!r}: {error}") from error
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {said}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe {str(path)!r} must be a mapping of keys to values")
-    return cast("dict[str, Any]", data)
 
 
 def _override(data: dict[str, Any], text: str) -> None:

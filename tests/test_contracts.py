@@ -16,7 +16,8 @@ from datakit.catalog import find_step, step_names
 from datakit.engine import execute
 from datakit.lineage import chunks
 from datakit.pipeline import rehearsal, run
-from datakit.recipe import PlacedStep, load_recipe, shipped_recipes
+from datakit.recipe import PlacedStep, load_recipe
+from datakit.recipe_files import shipped_recipes
 from datakit.records import KINDS
 from datakit.rows import part_key
 from datakit.session import Session, Settings, Watch

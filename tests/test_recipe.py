@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from datakit.errors import InputError, RecipeError
-from datakit.recipe import load_recipe, new_recipe, shipped_recipes
+from datakit.recipe import load_recipe
+from datakit.recipe_files import new_recipe, shipped_recipes
 
 GOOD = {
     "name": "good",

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from datakit.recipe import shipped_folder, shipped_recipes
+from datakit.recipe_files import shipped_folder, shipped_recipes
 from datakit.schemas import all_schemas, recipe_schema
 
 

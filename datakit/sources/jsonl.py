@@ -84,28 +84,26 @@ def _runs(name: str, path: Path) -> Iterator[Range]:
     # The name is in the rows and in their rejects: a renamed file is read again.
     mark = hashlib.blake2b(name.encode(), digest_size=16)
     whole = _unit(path) == "item"
-    for line in _lines(name, path, 0):
-        mark.update(line)
-        size += len(line)
-        lines += 1
-        if size >= RANGE_BYTES and not whole:
-            yield Range(
-                name=name,
-                start=start,
-                stop=start + size,
-                first_row=first_row,
-                fingerprint=mark.hexdigest(),
-            )
-            start, first_row, size, lines = start + size, first_row + lines, 0, 0
-            mark = hashlib.blake2b(name.encode(), digest_size=16)
-    if size:
-        yield Range(
+
+    def so_far() -> Range:
+        return Range(
             name=name,
             start=start,
             stop=start + size,
             first_row=first_row,
             fingerprint=mark.hexdigest(),
         )
+
+    for line in _lines(name, path, 0):
+        mark.update(line)
+        size += len(line)
+        lines += 1
+        if size >= RANGE_BYTES and not whole:
+            yield so_far()
+            start, first_row, size, lines = start + size, first_row + lines, 0, 0
+            mark = hashlib.blake2b(name.encode(), digest_size=16)
+    if size:
+        yield so_far()
 
 
 def _parsed(part: Range, path: Path) -> Iterator[tuple[int, Row | Reject]]:
