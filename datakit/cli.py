@@ -93,7 +93,10 @@ def _stoppable() -> Generator[None]:
 def run(
     recipe: Recipe_,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many source rows, as a dataset apart.")
+        int | None,
+        typer.Option(
+            min=1, help="At most so many source rows: a trial, as a dataset apart, without gate."
+        ),
     ] = None,
     overrides: Set_ = [],  # noqa: B006
     outputs: Outputs_ = Path("outputs"),

@@ -195,7 +195,7 @@ def test_published_rows_keep_their_split_when_the_source_grows(go):
 
 
 def test_a_limited_run_is_a_dataset_apart(go, tmp_path):
-    assert go(limit=50).address == "line-limit-50@1.0.0"
+    assert go("gate.rows.min=500", limit=50).address == "line-limit-50@1.0.0"
     assert version_numbers(tmp_path, "line") == []
 
 
