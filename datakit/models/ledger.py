@@ -196,6 +196,7 @@ class Ledgered:
     def __init__(
         self, inner: ChatModel, spec: ChatSpec, ledger: Ledger, meter: Meter, offline: bool
     ) -> None:
+        self.identity = inner.identity
         self._inner = inner
         self._spec = spec
         self._ledger = ledger
@@ -206,10 +207,6 @@ class Ledgered:
         self._first = asyncio.Lock()
         self._tried = False
         self._refusal: EndpointError | None = None
-
-    @property
-    def identity(self) -> str:
-        return self._inner.identity
 
     async def answer(self, ask: Ask) -> Reply:
         request = wire_request(self._spec, ask)

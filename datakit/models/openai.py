@@ -32,15 +32,12 @@ class OpenAIChat:
     """A ChatModel over HTTP. The connection pool opens with the first request."""
 
     def __init__(self, spec: OpenAISpec, meter: Meter) -> None:
+        self.identity = spec.resolved_identity()
         self._spec = spec
         self._meter = meter
         self._session: aiohttp.ClientSession | None = None
         self._url = (spec.base_url or "").rstrip("/")
         self._proxy = _proxy_of(self._url)
-
-    @property
-    def identity(self) -> str:
-        return self._spec.resolved_identity()
 
     async def answer(self, ask: Ask) -> Reply:
         """One reply. Raises EndpointError, Rejected, Refused, or Unanswered after all retries."""

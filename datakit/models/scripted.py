@@ -31,12 +31,9 @@ class Scripted:
     """A ChatModel over a script; never fails, never waits."""
 
     def __init__(self, spec: ScriptedSpec) -> None:
+        self.identity = spec.resolved_identity()
         self._spec = spec
         self._script: Script | None = None if spec.script == "default" else _find(spec.script)
-
-    @property
-    def identity(self) -> str:
-        return self._spec.resolved_identity()
 
     async def answer(self, ask: Ask) -> Reply:
         request = wire_request(self._spec, ask)
