@@ -40,7 +40,12 @@ def find_step(name: str) -> type[Step]:
     hidden = name.rpartition(".")[2].startswith("_")
     if not found or hidden or name in FOLDERS:
         raise InputError(f"no step {name!r}{near_miss(name, step_names())}")
-    module = importlib.import_module(path)
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:
+        raise InputError(
+            f"step {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     steps = [
         thing
         for thing in vars(module).values()

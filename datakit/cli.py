@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from datakit import __version__
-from datakit.errors import DatakitError, InputError, Stopped
+from datakit.errors import DatakitError, InputError, OutsideError, Stopped
 from datakit.text import plain, shorten
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def ledger_import(
     from datakit.models.identity import default_state
     from datakit.models.ledger import Ledger
 
-    with Ledger.opened(state or default_state()) as book:
+    with _stoppable(), Ledger.opened(state or default_state()) as book:
         count, fresh = book.load(file)
     print(f"{count:,} answers read, {fresh:,} of them new")
 
@@ -279,16 +279,19 @@ def main() -> None:
         sys.exit(0)
     except DatakitError as error:
         if _Debug.on:
-            traceback.print_exc()
+            print(plain(traceback.format_exc()), file=sys.stderr)
         print(f"datakit: {plain(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"datakit: {plain(str(error))}", file=sys.stderr)
+        sys.exit(OutsideError.exit_code)
     except Exception as error:
         usage = getattr(error, "exit_code", None)
         if usage is not None and hasattr(error, "show"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(usage)
         if _Debug.on:
-            traceback.print_exc()
+            print(plain(traceback.format_exc()), file=sys.stderr)
         name = type(error).__name__
         print(
             f"datakit: a bug: {name}: {shorten(str(error), 300)}; run again with "

@@ -16,7 +16,7 @@ class Change(Value):
     """Counts of one comparison.
 
     relabelled: same prompt and answers, another label; rescored: the same row with other measures
-    or provenance.
+    or provenance; configs: others than `default` whose rows changed.
     """
 
     rows_before: int = 0
@@ -27,13 +27,15 @@ class Change(Value):
     rescored: int = 0
     columns_added: tuple[str, ...] = ()
     columns_removed: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ()
 
     @property
     def level(self) -> str:
         """`major`, `minor` or `patch`."""
         if self.columns_removed or self.removed + self.relabelled > _SMALL * self.rows_before:
             return "major"
-        if self.added or self.removed or self.relabelled or self.rescored or self.columns_added:
+        rows = self.added + self.removed + self.relabelled + self.rescored
+        if rows or self.columns_added or self.configs:
             return "minor"
         return "patch"
 
@@ -51,6 +53,7 @@ class Change(Value):
         ]
         fields = [f"column {name!r} added" for name in self.columns_added]
         fields += [f"column {name!r} removed" for name in self.columns_removed]
+        fields += [f"config {name!r} changed" for name in self.configs]
         said = ", ".join([*(["rows: " + ", ".join(counts)] if counts else []), *fields])
         return said or "the same rows; card, recipe or files changed"
 
@@ -60,27 +63,37 @@ def compare(
 ) -> Change:
     """Compare two published tables of one kind.
 
-    hashes: for each side a frame of `id` and `hash`, the hash of the whole row.
+    hashes: for each side a frame of `id` and `hash`, the hash of the whole row. Rows that another
+    id tells apart but that say the same about the same pair count as rescored.
     """
     schemas = before.collect_schema(), after.collect_schema()
     changed = [name for name, dtype in schemas[0].items() if schemas[1].get(name) != dtype]
-    key = "pair_key" if "pair_key" in schemas[0] and "pair_key" in schemas[1] else "id"
-    old = before.select("id", key=key).collect()
-    new = after.select("id", key=key).collect()
+    paired = all("pair_key" in schema for schema in schemas)
+    old, new = (_keys(table, paired) for table in (before, after))
     gone = old.join(new, on="id", how="anti")
     come = new.join(old, on="id", how="anti")
-    relabelled = gone.join(come, on="key", how="semi").height
+    met = gone.join(come, on="key", suffix="_after").unique("id")
+    relabelled = met.filter(pl.col("label") != pl.col("label_after")).height
     same = hashes[0].join(hashes[1], on="id", suffix="_after")
+    rescored = same.filter(pl.col("hash") != pl.col("hash_after")).height
     return Change(
         rows_before=old.height,
         rows_after=new.height,
         added=come.join(gone, on="key", how="anti").height,
-        removed=gone.height - relabelled,
+        removed=gone.height - met.height,
         relabelled=relabelled,
-        rescored=same.filter(pl.col("hash") != pl.col("hash_after")).height,
+        rescored=rescored + met.height - relabelled,
         columns_added=tuple(sorted(set(schemas[1]) - set(schemas[0]))),
         columns_removed=tuple(sorted(changed)),
     )
+
+
+def _keys(table: pl.LazyFrame, paired: bool) -> pl.DataFrame:
+    """`id`, `key` (what is compared) and `label` (what is preferred) of each row."""
+    if not paired:
+        return table.select("id", key="id", label=pl.lit("")).collect()
+    preferred = pl.struct("prompt", "chosen").struct.json_encode()
+    return table.select("id", key="pair_key", label=preferred).collect()
 
 
 def next_version(before: str, change: Change) -> str:

@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from datakit.engine import Spread, execute
-from datakit.models.chat import ChatModel, ChatSpec, EmbedSpec, HashingSpec, ScriptedSpec, Spec
+from datakit.models.chat import (
+    ChatModel,
+    ChatSpec,
+    EmbedSpec,
+    HashingSpec,
+    OpenAISpec,
+    ScriptedSpec,
+    Spec,
+)
 from datakit.models.identity import default_state
 from datakit.models.ledger import Ledger
-from datakit.recipe import Recipe, load_recipe
+from datakit.recipe import Recipe, check_trust, load_recipe
 from datakit.release import release
-from datakit.session import Settings, Watch
+from datakit.session import Session, Settings, Watch
+from datakit.step import SourceStep, roles
 from datakit.versions import Version
 from datakit.work import perform
 
@@ -49,6 +58,7 @@ def run(
         offline=offline,
         models=loaded.models,
     )
+    settings = settings.model_copy(update={"private": _checked_outside(loaded, settings)})
     read_recorded(loaded, settings)
 
     def here(works: Sequence[Any]) -> list[Any]:
@@ -58,6 +68,26 @@ def run(
     version, is_new = release(loaded, settings, markers)
     watch.released(version, is_new)
     return version
+
+
+def _checked_outside(recipe: Recipe, settings: Settings) -> bool:
+    """What only the world outside the recipe can tell, before anything is spent.
+
+    Whether the source's rows are private; raises RecipeError where they would reach a model that
+    is not trusted, InputError where a key is missing.
+    """
+    source = recipe.steps[0].step
+    assert isinstance(source, SourceStep)
+    with Session(settings, [], Watch()) as session:
+        private = source.is_private(session.kit(recipe.steps[0].alias))
+    if private:
+        check_trust(recipe)
+    for placed in recipe.steps:
+        for _, role, _ in roles(placed.step):
+            spec = recipe.models[role]
+            if isinstance(spec, OpenAISpec) and spec.base_url and not settings.offline:
+                spec.api_key()
+    return private
 
 
 def read_recorded(recipe: Recipe, settings: Settings) -> None:

@@ -17,6 +17,13 @@ from datakit.store import Done
 _LINE_EVERY_S = 10.0
 
 
+class _Heedless(Console):
+    """A console whose reader may go away: progress then falls silent, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class _Count:
     """One step so far."""
 
@@ -38,7 +45,7 @@ class Progress(Watch):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self._console = console or Console(stderr=True)
+        self._console = console or _Heedless(stderr=True)
         self._counts: dict[str, _Count] = defaultdict(_Count)
         self._began = time.monotonic()
         self._last_line = self._began

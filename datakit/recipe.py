@@ -21,11 +21,11 @@ from datakit.recipe_files import find_recipe, read_yaml
 from datakit.records import Record
 from datakit.step import SourceStep, Step, roles
 from datakit.text import near_miss
-from datakit.values import Value
+from datakit.values import SPLIT_NAME, Number, Value
 
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-RESERVED = ("splits",)
-"""Names that steps cannot have: `splits` stands in the funnel after the last step."""
+RESERVED = ("splits", "label")
+"""Names that steps cannot have: of the funnel's last line, and of the columns of labels."""
 _ALIAS = r"^[a-z][a-z0-9_]*$"
 _SPEC: TypeAdapter[Spec] = TypeAdapter(ModelSpec)
 
@@ -33,8 +33,8 @@ _SPEC: TypeAdapter[Spec] = TypeAdapter(ModelSpec)
 class Bound(Value):
     """What a gate allows of one number of the report."""
 
-    min: float | None = None
-    max: float | None = None
+    min: Number | None = None
+    max: Number | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -77,7 +77,7 @@ class Recipe(Value):
     models: dict[str, SerializeAsAny[Spec]] = {}
     steps: tuple[PlacedStep, ...] = Field(min_length=1)
     gate: dict[str, Bound] = {}
-    splits: dict[str, float] = {"train": 0.95, "test": 0.05}
+    splits: dict[str, Number] = {"train": 0.95, "test": 0.05}
     base: Path = Field(default=Path(), exclude=True)
 
     def plain(self) -> dict[str, Any]:
@@ -312,22 +312,27 @@ def _check(recipe: Recipe) -> None:
             )
         kind = placed.step.gives(kind)
         _check_roles(recipe, placed, path)
-        _check_trust(recipe, placed, path)
+    source = recipe.steps[0].step
+    if isinstance(source, SourceStep) and source.private:
+        check_trust(recipe)
+    for name in recipe.splits:
+        if not SPLIT_NAME.fullmatch(name):
+            raise RecipeError(f"splits: {name!r} is no name of a-z, 0-9 and _")
     total = sum(recipe.splits.values())
     if any(share <= 0 for share in recipe.splits.values()) or abs(total - 1) > 1e-9:
         raise RecipeError(f"splits: shares must be positive and add up to 1, not to {total:g}")
 
 
-def _check_trust(recipe: Recipe, placed: PlacedStep, path: str) -> None:
-    """A private source reaches only endpoints that the recipe trusts."""
-    source = recipe.steps[0].step
-    assert isinstance(source, SourceStep)
-    for field, role, _ in roles(placed.step):
-        spec = recipe.models[role]
-        if source.private and isinstance(spec, OpenAISpec) and not spec.trusted:
-            raise RecipeError(
-                f"{path}.{field}: steps[0] is private, and models.{role} is not `trusted: true`"
-            )
+def check_trust(recipe: Recipe) -> None:
+    """Refuse a recipe whose private rows would reach an endpoint that is not trusted."""
+    for number, placed in enumerate(recipe.steps):
+        for field, role, _ in roles(placed.step):
+            spec = recipe.models[role]
+            if isinstance(spec, OpenAISpec) and not spec.trusted:
+                raise RecipeError(
+                    f"steps[{number}].{field}: the source is private, and models.{role} is not "
+                    "`trusted: true`"
+                )
 
 
 def _check_roles(recipe: Recipe, placed: PlacedStep, path: str) -> None:

@@ -46,25 +46,20 @@ def new_recipe(file: Path, source: str) -> None:
     origin = find_recipe(source)
     data = read_yaml(origin)
     text = origin.read_text(encoding="utf-8")
-    for name in _file_names(data, origin.resolve().parent):
-        text = text.replace(f" {name}\n", f" {(origin.resolve().parent / name).resolve()}\n")
+    base = origin.resolve().parent
+    steps = [step for step in data.get("steps") or [] if isinstance(step, dict)]
+    for name in {
+        str(one) for one in (data.get("recorded"), *(s.get("path") for s in steps)) if one
+    }:
+        if (base / name).exists():
+            place = rf"""((?:path|recorded):\s*)(["']?){re.escape(name)}\2(?=[\s,}}]|$)"""
+            text = re.sub(place, lambda found, to=base / name: f"{found[1]}{to.resolve()}", text)
     name = re.sub(r"[^a-z0-9_-]+", "-", file.stem.lower()).strip("-") or "recipe"
     text = re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE)
     text = re.sub(r"^# yaml-language-server:.*\n", "", text)
     schema = (shipped_folder("schemas") / "recipe.schema.json").resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"# yaml-language-server: $schema={schema}\n{text}", encoding="utf-8")
-
-
-def _file_names(value: object, base: Path) -> set[str]:
-    """The relative paths in a recipe that name a file beside it."""
-    if isinstance(value, dict):
-        inner = cast("dict[str, object]", value).values()
-        return {name for one in inner for name in _file_names(one, base)}
-    if isinstance(value, list):
-        return {name for one in cast("list[object]", value) for name in _file_names(one, base)}
-    is_file = isinstance(value, str) and "\n" not in value and (base / value).is_file()
-    return {value} if isinstance(value, str) and is_file else set()
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -74,6 +69,8 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = cast("Any", self.construct_object(key_node, deep=True))  # pyright: ignore[reportUnknownMemberType]
+            if isinstance(key, list | dict):
+                raise yaml.YAMLError("a key must be a plain value")
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(f"key {key!r} is given twice (line {line})")

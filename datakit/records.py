@@ -160,7 +160,7 @@ class Record(Value):
             "labels": _merge(*(parent.labels for parent in parents), self.labels),
             "measures": _merge(*(parent.measures for parent in parents), self.measures),
             "signed": tuple(dict.fromkeys(name for row in (*parents, self) for name in row.signed)),
-            "failures": (*first.failures, *self.failures),
+            "failures": first.failures + self.failures[_shared(first.failures, self.failures) :],
         }
         return self.model_copy(update=update).identified(digest([ids, alias, slot], ID_BYTES))
 
@@ -170,6 +170,11 @@ class Record(Value):
         return pl.Schema(
             {name: polars_type(field.annotation) for name, field in cls.model_fields.items()}
         )
+
+
+def _shared(before: Sequence["Failure"], after: Sequence["Failure"]) -> int:
+    """How many failures `after` begins with that are those of `before`: all or none."""
+    return len(before) if tuple(after[: len(before)]) == tuple(before) else 0
 
 
 def _merge(*maps: Mapping[str, V]) -> dict[str, V]:
@@ -245,15 +250,14 @@ class Candidates(Record):
 
 
 class Judged(Candidates):
-    """Candidates and every raw verdict on them."""
+    """Candidates and every raw verdict on them.
+
+    Verdicts are judgements on the row, as measures are, and no part of what it says: another judge
+    does not make another row of it, nor other pairs.
+    """
 
     own = ("prompt", "responses", "verdicts")
     verdicts: tuple[Verdict, ...] = ()
-
-    def body(self) -> dict[str, Any]:
-        """Prompt, response texts and what was said of them."""
-        said = [[v.judge, v.template, v.form, v.aspect, v.shown, v.scores] for v in self.verdicts]
-        return super().body() | {"verdicts": said}
 
     @model_validator(mode="after")
     def _shown_exist(self) -> Self:

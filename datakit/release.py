@@ -4,7 +4,6 @@ A version is written whole into a draft folder and then renamed into place, so i
 not. Who loses a race for a number starts again against the winner's version.
 """
 
-import errno
 import importlib.metadata
 import platform
 import shutil
@@ -12,14 +11,13 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from datakit.diff import Change, compare, next_version
 from datakit.engine import Markers
-from datakit.errors import GateFailed, OutsideError, Rejected
+from datakit.errors import DatakitError, GateFailed, OutsideError, Rejected
 from datakit.export import ConfigWriter, dataset_digest, described, published, row_hashes
 from datakit.lineage import (
     REJECTS,
@@ -31,11 +29,12 @@ from datakit.lineage import (
 )
 from datakit.models.chat import ChatSpec, EmbedSpec
 from datakit.recipe import Bound, Recipe
-from datakit.records import KINDS, Candidates, Record, from_frame
+from datakit.records import Candidates, Record, from_frame
 from datakit.report.card import render_card
 from datakit.report.numbers import gate, report_numbers
 from datakit.report.page import render_page
 from datakit.session import Settings
+from datakit.shelf import move, point_to_latest, replace, sweep
 from datakit.splits import ROOTS, Splits, assign_splits
 from datakit.step import roles
 from datakit.store import Done, Store, write_json
@@ -54,6 +53,9 @@ from datakit.versions import (
     version_numbers,
 )
 
+DEFAULT_GATE = {"rows": Bound(min=1), "failures.share": Bound(max=0.1)}
+"""What holds unless a recipe says otherwise: some rows, and few that a model failed on."""
+
 _PACKAGES = ("polars", "pyarrow", "pydantic")
 
 
@@ -64,25 +66,32 @@ def release(recipe: Recipe, settings: Settings, markers: Markers) -> tuple[Versi
     writing the version to `candidates/`.
     """
     name = recipe.name if settings.limit is None else f"{recipe.name}-limit-{settings.limit}"
+    home = dataset_folder(settings.outputs, name)
+    sweep(home)
     while True:
         known = version_numbers(settings.outputs, name)
         before = find_version(settings.outputs, f"{name}@{known[-1]}") if known else None
         draft = _Draft(recipe, settings, markers, name, before)
-        if before is not None and before.manifest.run_digest == draft.run_digest:
-            return before, False
         try:
+            if before is not None and draft.is_run_of(before):
+                return before, False
             draft.write()
             if before is not None and draft.is_same_as(before):
                 return before, False
             return draft.publish(), True
-        except FileExistsError:
-            continue
-        except GateFailed:
+        except FileExistsError as error:
+            if version_numbers(settings.outputs, name) == known:
+                raise OutsideError(
+                    f"{error.filename2!r} is in the way and holds no manifest: a copy or removal "
+                    "that was cut off? Remove it and run the same command again"
+                ) from error
+        except DatakitError:
             raise
         except OSError as error:
             raise OutsideError(f"cannot write the version of {name!r}: {error}") from error
         finally:
             shutil.rmtree(draft.folder, ignore_errors=True)
+            point_to_latest(settings.outputs, name)
 
 
 class _Draft:
@@ -118,6 +127,7 @@ class _Draft:
         )
         self.funnel: tuple[StepCount, ...] = ()
         self.digest = ""
+        self.rejects_digest = ""
 
     def write(self) -> None:
         """Every file but those that hold the number."""
@@ -220,14 +230,24 @@ class _Draft:
             for row in from_frame(kind, frame)
         ]
         frames = [*rejects(self.store, self.markers), pl.DataFrame(lost, schema=REJECTS)]
-        pl.concat([pl.DataFrame(schema=REJECTS), *frames]).with_columns(
+        lost_rows = pl.concat([pl.DataFrame(schema=REJECTS), *frames]).with_columns(
             pl.col(pl.String).fill_null(""), pl.col("transient").fill_null(value=False)
-        ).write_parquet(self.folder / "rejects.parquet")
+        )
+        lost_rows.write_parquet(self.folder / "rejects.parquet")
+        self.rejects_digest = digest(lost_rows.select("step", "id", "reason").sort(pl.all()).rows())
+
+    def is_run_of(self, before: Version) -> bool:
+        """Whether the version came of these very parts."""
+        return before.manifest.run_digest == self.run_digest
 
     def is_same_as(self, before: Version) -> bool:
-        """Whether nothing is new: the same rows and a recipe that means the same."""
+        """Whether nothing is new: the same rows kept and dropped, and a recipe of equal meaning."""
         manifest = before.manifest
-        return manifest.digest == self.digest and manifest.recipe_digest == self.recipe_digest
+        return (manifest.digest, manifest.rejects_digest, manifest.recipe_digest) == (
+            self.digest,
+            self.rejects_digest,
+            self.recipe_digest,
+        )
 
     def publish(self) -> Version:
         """Number the version and put it in its place.
@@ -242,7 +262,8 @@ class _Draft:
         # An empty dataset is never what was wanted, unless the recipe says so.
         # A limited run is a trial, which bounds meant for the whole cannot judge.
         bounds = self.recipe.gate if self.settings.limit is None else {}
-        verdicts = gate(self.report, {"rows": Bound(min=1)} | bounds)
+        verdicts = gate(self.report, DEFAULT_GATE | bounds)
+        self._enough_answered(verdicts)
         failed = {path: said for path, said in verdicts.items() if said != "pass"}
         manifest = self._manifest(version, change, verdicts)
         (self.folder / "report.html").write_text(
@@ -253,9 +274,7 @@ class _Draft:
         write_json(self.folder / "manifest.json", manifest.model_dump(mode="json"))
         if failed:
             target = self.home / "candidates" / version
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            self.folder.rename(target)
+            replace(self.folder, target)
             said = "; ".join(
                 f"{path}: {why.removeprefix('fail: ')}" for path, why in failed.items()
             )
@@ -264,23 +283,42 @@ class _Draft:
             )
         target = self.home / "versions" / version
         target.parent.mkdir(exist_ok=True)
-        _move(self.folder, target)
-        newest = version_numbers(self.settings.outputs, self.name)[-1]
-        write_json(self.home / "latest.json", {"version": newest})
+        move(self.folder, target)
+        # What failed under this number before is superseded.
+        shutil.rmtree(self.home / "candidates" / version, ignore_errors=True)
         return open_version(target)
+
+    def _enough_answered(self, verdicts: dict[str, str]) -> None:
+        """Too many rows without an answer are no verdict on the data, but an outage."""
+        unanswered = sum(count.unanswered for count in self.funnel)
+        if unanswered and verdicts["failures.share"] != "pass":
+            said = verdicts["failures.share"].removeprefix("fail: ")
+            raise OutsideError(
+                f"{unanswered:,} rows went unanswered ({said}), and nothing is published; run the "
+                "same command again to ask for them, or allow more in gate.failures.share.max"
+            )
 
     def _change(self) -> Change:
         if self.before is None:
             return Change(rows_after=self.report["rows"], added=self.report["rows"])
-        kind = KINDS[self.configs["default"]]
+        manifest = self.before.manifest
         old = self.before.scan().collect()
-        if self.before.manifest.configs["default"] != kind.__name__:
+        if manifest.configs["default"] != self.configs["default"]:
             return Change(rows_before=old.height, removed=old.height, added=self.report["rows"])
-        files = [file.path for file in self.files if file.config == "default"]
-        new = (
-            pl.scan_parquet([self.folder / path for path in files]) if files else old.clear().lazy()
-        )
-        return compare(old.lazy(), new, (row_hashes(old), self.hashes["default"]))
+        files = [self.folder / file.path for file in self.files if file.config == "default"]
+        new = pl.scan_parquet(files) if files else old.clear().lazy()
+        change = compare(old.lazy(), new, (row_hashes(old), self.hashes["default"]))
+        others = {*manifest.configs, *self.configs} - {"default"}
+        changed = [config for config in sorted(others) if self._rows_changed(config)]
+        return change.model_copy(update={"configs": tuple(changed)})
+
+    def _rows_changed(self, config: str) -> bool:
+        """Whether a config holds other rows than that of the version before."""
+        assert self.before is not None
+        if config not in self.hashes or config not in self.before.manifest.configs:
+            return True
+        old = row_hashes(self.before.scan(config).collect())
+        return dataset_digest([("", old)]) != dataset_digest([("", self.hashes[config])])
 
     def _manifest(self, version: str, change: Change, verdicts: dict[str, str]) -> Manifest:
         before = self.before.manifest if self.before else None
@@ -303,6 +341,8 @@ class _Draft:
             licenses=self.report["licenses"],
             recipe=self.recipe.plain(),
             recipe_digest=self.recipe_digest,
+            rejects_digest=self.rejects_digest,
+            private=self.settings.private,
             run_digest=self.run_digest,
             limit=self.settings.limit,
             models={role: self._model_card(role) for role in _roles(self.recipe)},
@@ -335,13 +375,3 @@ def _recipe_digest(recipe: Recipe) -> str:
     """What the recipe means: addresses, windows and time limits of models do not count."""
     models = {role: recipe.models[role].fingerprint() for role in _roles(recipe)}
     return digest(recipe.plain() | {"models": models})
-
-
-def _move(folder: Path, target: Path) -> None:
-    """Rename a folder; one that is taken is FileExistsError, whatever the system calls it."""
-    try:
-        folder.rename(target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(str(error)) from error
-        raise

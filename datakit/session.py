@@ -21,7 +21,8 @@ class Settings(Value):
     """What a run holds besides its steps; plain data, so that another process can use it.
 
     outputs: where parts and versions go; state: ledger and vectors; base: the recipe's folder;
-    limit: at most so many source rows; offline: nothing may be sent.
+    limit: at most so many source rows; private: they reach only trusted models; offline: nothing
+    may be sent.
     """
 
     outputs: Path
@@ -30,6 +31,7 @@ class Settings(Value):
     seed: int = 0
     rows_per_part: int = 200
     limit: int | None = None
+    private: bool = False
     offline: bool = False
     models: dict[str, SerializeAsAny[Spec]] = {}
 

@@ -7,7 +7,6 @@ newcomer that touches two splits is dropped, so that neither split leaks into th
 published row ever moves.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,11 +17,10 @@ from datakit.clusters import components
 from datakit.errors import InputError
 from datakit.neighbours import Pairs
 from datakit.text import digest
+from datakit.values import SPLIT_NAME
 
 ROOTS = pl.Schema({"root": pl.String(), "key": pl.String(), "split": pl.String()})
 """Every root that ever had a split: its id, the hash of its first user turn, the split."""
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def assign_splits(
     shares: split to share, adding up to 1.
     """
     for name in roots["declared"].unique():
-        if name and not _NAME.fullmatch(name):
+        if name and not SPLIT_NAME.fullmatch(name):
             raise InputError(f"the source declares a split {name!r}; names are of a-z, 0-9 and _")
     new = roots.join(previous, on="root", how="anti", maintain_order="left")
     new = new.with_row_index("node")

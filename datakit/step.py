@@ -135,6 +135,10 @@ class SourceStep(Step, Generic[Out]):
 
     private: bool = False
 
+    def is_private(self, kit: "Kit") -> bool:
+        """Whether the rows reach only models that are trusted."""
+        return self.private
+
     def ranges(self, kit: "Kit") -> Iterator[Range]:
         """The parts of the source, in order."""
         raise NotImplementedError

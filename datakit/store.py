@@ -77,11 +77,14 @@ class Store:
     def find(self, key: str) -> Done | None:
         """The newest marker of a part, or None.
 
-        A marker that this release cannot read is of another release: the part is made again.
+        A marker that this release cannot read is of another one, and one whose files are gone says
+        nothing: the part is made again.
         """
         for marker in sorted(self._folder(key).glob("done.*.json"), key=_number, reverse=True):
             with contextlib.suppress(ValidationError):
-                return Done.model_validate_json(marker.read_text())
+                done = Done.model_validate_json(marker.read_text())
+                if all(self.path(chunk).exists() for chunk in done.chunks):
+                    return done
         return None
 
     def save(

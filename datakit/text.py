@@ -61,7 +61,7 @@ def shorten(text: str, width: int = 200) -> str:
 def near_miss(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, else the list of what exists."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""

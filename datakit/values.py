@@ -4,6 +4,7 @@ A mapping from names to numbers or texts is a dict in Python and in JSON, and a 
 value) structs in a table, so that the table's schema does not depend on the names.
 """
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -33,6 +34,9 @@ def _pairs_for_frame(value: Mapping[str, object], info: SerializationInfo) -> ob
         return [{"name": name, "value": value[name]} for name in sorted(value)]
     return dict(sorted(value.items()))
 
+
+SPLIT_NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+"""What a split may be called: it becomes part of a file's name."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Measures = Annotated[

@@ -21,6 +21,7 @@ from datakit.text import near_miss
 from datakit.values import Value
 
 _ADDRESS = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]*)(@(?P<version>\d+\.\d+\.\d+))?")
+_NUMBER = re.compile(r"\d+\.\d+\.\d+")
 _DERIVED = ("pair_key",)
 
 
@@ -73,7 +74,8 @@ class Manifest(Value):
 
     `digest` hashes every published column of every config in id order; `created` (UTC) is in no
     hash. `configs` gives the kind of each config's rows, `recipe` is the resolved recipe,
-    `run_digest` hashes that recipe and every part of the run.
+    `run_digest` hashes that recipe and every part of the run, `rejects_digest` which rows were
+    dropped why. `private`: made of rows that only trusted models may see.
     """
 
     schema_version: int = 1
@@ -88,6 +90,8 @@ class Manifest(Value):
     licenses: dict[str, int]
     recipe: dict[str, object]
     recipe_digest: str
+    rejects_digest: str = ""
+    private: bool = False
     run_digest: str = ""
     limit: int | None
     models: dict[str, ModelCard]
@@ -143,7 +147,11 @@ def number(version: str) -> tuple[int, int, int]:
 def version_numbers(outputs: Path, name: str) -> list[str]:
     """Published versions of a dataset, oldest first."""
     folder = dataset_folder(outputs, name) / "versions"
-    found = [path.parent.name for path in folder.glob("*/manifest.json")]
+    found = [
+        path.parent.name
+        for path in folder.glob("*/manifest.json")
+        if _NUMBER.fullmatch(path.parent.name)
+    ]
     return sorted(found, key=number)
 
 

@@ -289,6 +289,13 @@ class _Worker:
             made = await step.each(rows, kit)
         except RowError as error:
             return [], [drop_of(row, error) for row in rows]
+        except DatakitError:
+            raise
+        except Exception as error:
+            raise BugError(
+                f"step {placed.alias!r} failed on the group of row {rows[0].id}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         kept: list[Record] = []
         drops: list[Dropped] = []
         for slot, out in enumerate(made):

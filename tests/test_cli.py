@@ -71,6 +71,19 @@ def test_an_error_is_short_and_has_its_code(datakit, arguments, code, said):
     assert "Traceback" not in done.stderr
 
 
+def test_the_disk_is_no_bug(datakit):
+    done = datakit("ledger", "export", "/nonexistent/x.jsonl")
+    assert done.returncode == 4
+    assert "/nonexistent/x.jsonl" in done.stderr
+
+
+def test_a_reader_who_leaves_does_not_stop_a_run(datakit, tmp_path):
+    call = f"{sys.executable} -m datakit run smoke/pairs 2>&1 >out.txt | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", call], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert "smoke-pairs@1.0.0 (new" in (tmp_path / "out.txt").read_text()
+
+
 def test_debug_shows_the_traceback(datakit):
     assert "Traceback" in datakit("--debug", "check", "quikstart").stderr
 

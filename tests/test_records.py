@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from datakit.records import (
     KINDS,
     Candidates,
+    Failure,
     Judged,
     Message,
     Pair,
@@ -142,6 +143,16 @@ def test_derived_rows_carry_measures_labels_and_roots():
     assert child.license == "mit"
     assert child.measures == {"near.size": 2.0, "pair.margin": 1.0}
     assert child.labels == {"category": "x"}
+
+
+def test_failures_are_carried_once():
+    failure = Failure(slot="s", kind="Refused", reason="r")
+    parent = Prompt(messages=user("q"), failures=(failure,)).identified("o")
+    rewritten = parent.model_copy(update={"messages": user("Q")}).derived([parent], "upper", 0)
+    assert rewritten.failures == (failure,)
+    other = failure.model_copy(update={"slot": "t"})
+    made = Prompt(messages=user("r"), failures=(other,)).derived([parent], "a", 0)
+    assert made.failures == (failure, other)
 
 
 def test_slot_and_alias_tell_siblings_apart():

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import shutil
+import time
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -10,7 +13,7 @@ from datasets import load_dataset
 
 import datakit as dk
 from datakit.diff import Change, next_version
-from datakit.errors import GateFailed, InputError, NotRecorded
+from datakit.errors import GateFailed, InputError, NotRecorded, OutsideError
 from datakit.recipe import load_recipe
 from datakit.records import Pair, from_frame
 from datakit.versions import find_version, version_numbers
@@ -212,7 +215,103 @@ def test_an_empty_dataset_is_not_published(go, tmp_path):
     with pytest.raises(GateFailed, match="rows is 0, below 1"):
         go("steps.answer.skip=question")
     assert version_numbers(tmp_path, "line") == []
-    assert go().manifest.gate == {"rows": "pass"}
+    assert go().manifest.gate == {"rows": "pass", "failures.share": "pass"}
+
+
+def test_only_what_was_dropped_may_change_and_that_is_a_version_too(go, tmp_path):
+    steps = [LINE["steps"][0], {"step": "curation.exact"}, LINE["steps"][1]]
+    recipe = LINE | {"steps": steps}
+    first = go(recipe=recipe)
+    second = go("steps.numbers.rows=201", recipe=recipe)
+    assert second.manifest.digest == first.manifest.digest
+    assert second.manifest.version == "1.0.1"
+    assert pl.read_parquet(second.folder / "rejects.parquet").height == 11
+    assert second.manifest.funnel[0].rows_in == 201
+
+
+PAIRS = {
+    "name": "pairs",
+    "models": {name: {"kind": "scripted", "model": name} for name in ("w", "d", "j")},
+    "steps": [
+        {"step": "toys.numbers", "rows": 30},
+        {"step": "annotation.respond", "models": ["w", "d"]},
+        {"step": "annotation.judge", "judge": "j"},
+        {"step": "annotation.pair"},
+    ],
+}
+
+
+def test_another_judge_that_says_the_same_relabels_nothing(go):
+    first = go(recipe=PAIRS)
+    second = go('models.j.revision="2"', recipe=PAIRS)
+    ids = [set(version.scan().collect()["id"]) for version in (first, second)]
+    assert ids[0] == ids[1]
+    assert second.manifest.version == "1.1.0"
+    assert second.manifest.change == "config 'ratings' changed"
+
+
+def test_a_version_remembers_that_its_rows_are_private(go, tmp_path):
+    private = {"step": "toys.numbers", "rows": 30, "private": True}
+    assert go(recipe=PAIRS | {"steps": [private, *PAIRS["steps"][1:]]}).manifest.private
+    stranger = {"kind": "openai", "model": "x", "base_url": "http://127.0.0.1:1/v1"}
+    leak = {
+        "name": "leak",
+        "models": {"s": stranger},
+        "steps": [
+            {"step": "sources.dataset", "dataset": "pairs", "kind": "Pair"},
+            {"step": "annotation.judge", "judge": "s"},
+        ],
+    }
+    with pytest.raises(InputError, match=r"the source is private, and models\.s is not"):
+        go(recipe=leak)
+
+
+def test_a_missing_key_is_found_before_anything_is_asked(go, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    judge = {"kind": "openai", "model": "x", "base_url": "http://127.0.0.1:1/v1"}
+    models = PAIRS["models"] | {"j": judge | {"api_key_env": "NO_SUCH_KEY"}}
+    with pytest.raises(InputError, match="'NO_SUCH_KEY'"):
+        go(recipe=PAIRS | {"models": models})
+
+
+def test_a_folder_in_the_way_is_named_and_a_copy_of_a_version_is_none(go, tmp_path):
+    versions = tmp_path / "datasets" / "line" / "versions"
+    (versions / "1.0.0" / "default").mkdir(parents=True)
+    with pytest.raises(OutsideError, match=r"versions/1\.0\.0' is in the way"):
+        go()
+    (versions / "1.0.0" / "default").rmdir()
+    first = go()
+    shutil.copytree(first.folder, versions / "1.0.0-copy")
+    assert go().address == "line@1.0.0"
+
+
+def test_the_pointer_to_the_newest_heals(go, tmp_path):
+    go()
+    pointer = tmp_path / "datasets" / "line" / "latest.json"
+    pointer.unlink()
+    go()
+    assert json.loads(pointer.read_text()) == {"version": "1.0.0"}
+
+
+def test_a_candidate_is_gone_when_its_number_is_published_and_old_drafts_are_swept(go, tmp_path):
+    home = tmp_path / "datasets" / "line"
+    for _ in range(2):
+        with pytest.raises(GateFailed):
+            go("gate.rows.min=500")
+    for name, age_s in (("old", 100_000), ("young", 10)):
+        draft = home / f".draft-{name}"
+        draft.mkdir()
+        os.utime(draft, (time.time() - age_s,) * 2)
+    go()
+    assert not (home / "candidates" / "1.0.0").exists()
+    assert [draft.name for draft in home.glob(".draft-*")] == [".draft-young"]
+
+
+def test_a_lost_part_is_made_again(go, tmp_path):
+    first = go()
+    for path in (tmp_path / "parts").rglob("*.parquet"):
+        path.unlink()
+    assert go("description=again").manifest.digest == first.manifest.digest
 
 
 def test_a_gate_on_a_number_that_does_not_exist_fails(go):

@@ -17,6 +17,7 @@ IN_FLIGHT = 64
 
 RECIPE = """
 name: resumed
+gate: {{failures.share: {{max: {bound}}}}}
 rows_per_part: 40
 models:
   m: {{kind: openai, model: any, base_url: "{url}", max_in_flight: {in_flight}, {more}}}
@@ -26,9 +27,9 @@ steps:
 """
 
 
-def write_recipe(folder, url, rows=ROWS, more="retries: 6"):
+def write_recipe(folder, url, rows=ROWS, more="retries: 6", bound=0.1):
     path = folder / "resumed.yaml"
-    path.write_text(RECIPE.format(url=url, in_flight=IN_FLIGHT, rows=rows, more=more))
+    path.write_text(RECIPE.format(url=url, in_flight=IN_FLIGHT, rows=rows, more=more, bound=bound))
     return path
 
 
@@ -85,7 +86,7 @@ def test_ten_kills_cost_only_what_was_in_flight(tmp_path):
 
 def test_transient_failures_never_become_data_and_a_rerun_asks_only_for_them(tmp_path):
     with Endpoint(p500=0.10, p429=0.05, pbad=0.03) as endpoint:
-        recipe = write_recipe(tmp_path, endpoint.url, rows=400, more="retries: 0")
+        recipe = write_recipe(tmp_path, endpoint.url, rows=400, more="retries: 0", bound=0.5)
         first = finish(recipe, tmp_path)
         answer = first["funnel"][1]
         lost = answer["unanswered"]
@@ -106,6 +107,41 @@ def test_transient_failures_never_become_data_and_a_rerun_asks_only_for_them(tmp
     with Endpoint() as endpoint:
         recipe = write_recipe(tmp_path, endpoint.url, rows=400)
         assert finish(recipe, tmp_path / "fresh")["digest"] == second["digest"]
+
+
+def test_an_outage_publishes_nothing_and_is_resumed(tmp_path):
+    with Endpoint(p500=0.6) as endpoint:
+        recipe = write_recipe(tmp_path, endpoint.url, rows=100, more="retries: 0")
+        done = subprocess.run(
+            command(recipe, tmp_path),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 4
+        assert "rows went unanswered" in done.stderr
+        assert not (tmp_path / "outputs" / "datasets" / "resumed" / "versions").exists()
+        asked = endpoint.stats()["ok"]
+        endpoint.set(p500=0)
+        endpoint.reset()
+        assert finish(recipe, tmp_path)["funnel"][1]["kept"] == 100
+        assert endpoint.stats()["requests"] == 100 - asked
+
+
+def test_a_bad_request_is_no_verdict_on_the_row_and_is_asked_again_when_mended(tmp_path):
+    with Endpoint(models=["any"]) as endpoint:
+        broken = "retries: 0, extra_body: {stream: true}"
+        recipe = write_recipe(tmp_path, endpoint.url, rows=10, more=broken)
+        done = subprocess.run(
+            command(recipe, tmp_path),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 4
+        assert "10 rows went unanswered" in done.stderr
 
 
 def test_retries_heal_the_same_faults(tmp_path):

@@ -114,11 +114,13 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
             judged.model_copy(
                 update={
                     "verdicts": (*judged.verdicts, *verdicts),
-                    "failures": tuple(
+                    "failures": judged.failures
+                    + tuple(
                         Failure(slot="verdict", kind=e.kind, reason=str(e), raw=e.raw)
                         for e in errors
                     ),
-                    "measures": {
+                    "measures": judged.measures
+                    | {
                         kit.measure(name): value
                         for name, value in measures.items()
                         if value is not None

@@ -1,7 +1,7 @@
 """The most informative subset: greedy maximum entropy over embeddings.
 
-Source: greedy log-determinant maximisation (Nemhauser 1978; Chen et al., 1709.05135, whose
-    incremental Cholesky this uses): each next row is the one that the kept ones predict least.
+Source: greedy log-determinant maximisation (Nemhauser 1978; Chen et al., 1709.05135): each next
+    row is the one that the kept ones predict least.
 Takes: any kind.
 Gives: the same kind.
 Measures: `gain` (nats, >= 0: information that the row added when it was taken), `order` (0 =
@@ -90,11 +90,12 @@ def max_entropy(
     """Rows taken, in order, and the information gain of each in nats; both [budget].
 
     The gain of a row is ½ log(1 + v/noise), v being the variance that the rows taken before leave
-    of it under a linear kernel. O(budget² n) time, budget x n memory.
+    of it under a linear kernel. O(budget n d) time, n x d memory.
     """
     rows = vectors.astype(np.float64)
     left = np.einsum("nd,nd->n", rows, rows)
-    factors = np.zeros((budget, len(rows)))
+    # Inverse of I + XᵀX/noise for the rows X taken so far, kept by rank-one updates.
+    inverse = np.eye(rows.shape[1])
     taken = np.zeros(budget, np.int64)
     gains = np.zeros(budget)
     free = np.ones(len(rows), bool)
@@ -103,8 +104,7 @@ def max_entropy(
         variance = max(float(left[best]), 0.0)
         taken[step], gains[step] = best, 0.5 * np.log1p(variance / noise)
         free[best] = False
-        known = factors[:step, best] @ factors[:step]
-        factor = (rows @ rows[best] - known) / np.sqrt(variance + noise)
-        factors[step] = factor
-        left = left - factor**2
+        direction = inverse @ rows[best]
+        inverse -= np.outer(direction, direction) / (variance + noise)
+        left -= (rows @ direction) ** 2 / (variance + noise)
     return taken, gains

@@ -110,7 +110,9 @@ class Spec(Value):
         """Which model this is, wherever it runs; a local folder is what its files hold."""
         if self.identity:
             return self.identity
-        if (Path(self.model) / "config.json").is_file():
+        folder = Path(self.model)
+        # Only by its whole path: what happens to lie in the current folder means nothing.
+        if folder.is_absolute() and (folder / "config.json").is_file():
             return folder_identity(Path(self.model))
         return f"{self.model}@{self.revision}" if self.revision else self.model
 
@@ -214,6 +216,8 @@ class SentenceTransformersSpec(EmbedSpec):
                     "define another under models.embedder"
                 )
             return f"all-MiniLM-L6-v2@{importlib.metadata.version(PACKAGED_MODEL)}"
+        if Path(self.model).is_dir():
+            return folder_identity(Path(self.model))
         return super().resolved_identity()
 
 

@@ -116,17 +116,27 @@ class CachedEmbedder:
     def __init__(self, inner: Embedder, folder: Path) -> None:
         self._inner = inner
         self.identity = inner.identity
-        folder.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(folder / "vectors.sqlite", timeout=60, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS vectors (embedder TEXT, text BLOB, vector BLOB, "
-            "PRIMARY KEY (embedder, text)) WITHOUT ROWID"
-        )
+        path = folder / "vectors.sqlite"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS vectors (embedder TEXT, text BLOB, vector BLOB, "
+                "PRIMARY KEY (embedder, text)) WITHOUT ROWID"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise OutsideError(f"cannot open the vectors {str(path)!r}: {error}") from error
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """float32 [n, d], unit length."""
+        try:
+            return self._encoded(texts)
+        except sqlite3.Error as error:
+            raise OutsideError(f"the vector cache cannot be used: {error}") from error
+
+    def _encoded(self, texts: Sequence[str]) -> Vectors:
         keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         known = self._known(set(keys))
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}

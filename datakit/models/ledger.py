@@ -7,10 +7,11 @@ first written answer counts for both.
 """
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -69,29 +70,42 @@ class Ledger:
 
     def get(self, key: str) -> Reply | None:
         """The answer under `key`, or None."""
-        row = self._db.execute("SELECT reply FROM answers WHERE key = ?", (key,)).fetchone()
+        with self._outside():
+            row = self._db.execute("SELECT reply FROM answers WHERE key = ?", (key,)).fetchone()
         return Reply.model_validate_json(row[0]) if row else None
 
     def put(self, entry: Entry) -> Reply:
         """Write an answer and return the one that stands: the first written."""
         key = entry.key
         reply = entry.reply
-        cursor = self._db.execute(
-            "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                key,
-                entry.model,
-                entry.draw,
-                canonical_json(entry.request),
-                reply.model_dump_json(),
-                reply.input_tokens,
-                reply.output_tokens,
-                time.time(),
-            ),
+        row = (
+            key,
+            entry.model,
+            entry.draw,
+            canonical_json(entry.request),
+            reply.model_dump_json(),
+            reply.input_tokens,
+            reply.output_tokens,
+            time.time(),
         )
+        with self._outside():
+            cursor = self._db.execute(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row
+            )
         standing = reply if cursor.rowcount else self.get(key)
         assert standing is not None
         return standing
+
+    @contextlib.contextmanager
+    def _outside(self) -> Generator[None]:
+        """A lock that does not end, or a full disk, is no bug of a step."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OutsideError(
+                f"the ledger {str(self.path)!r} cannot be used: {error}; free it (another import, "
+                "a full disk) and run the same command again"
+            ) from error
 
     def entries(self, model: str | None = None) -> Iterator[Entry]:
         """Every answer in key order, of one model identity where named."""

@@ -3,9 +3,9 @@
 The openai package's client costs six times the processor time of the transport below it, and slows
 down as connections grow, so the hot path goes without it. Failures are told apart here. A wrong key
 or an unknown model stops the run; a request that the endpoint calls bad, and one that a filter
-blocks, fail its row; rate limits, overload, timeouts, cut connections and malformed bodies are
-tried again with exponential backoff and jitter, honouring Retry-After, and then leave the row
-unanswered.
+blocks, fail their row at once; rate limits, overload, timeouts, cut connections and malformed
+bodies are tried again with exponential backoff and jitter, honouring Retry-After, and then leave
+the row unanswered.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from datakit.errors import EndpointError, Refused, Rejected, Unanswered
+from datakit.errors import EndpointError, Refused, Unanswered
 from datakit.models.chat import Ask, OpenAISpec, Reply, wire_request
 from datakit.models.ledger import Meter
 from datakit.text import shorten
@@ -40,7 +40,7 @@ class OpenAIChat:
         self._proxy = _proxy_of(self._url)
 
     async def answer(self, ask: Ask) -> Reply:
-        """One reply. Raises EndpointError, Rejected, Refused, or Unanswered after all retries."""
+        """One reply. Raises EndpointError, Refused, or Unanswered after all retries."""
         path = "/chat/completions" if ask.prefix is None else "/completions"
         body = {"model": self._spec.model} | wire_request(self._spec, ask)
         wait_s = _FIRST_WAIT_S
@@ -136,6 +136,8 @@ def _classified(status: int, headers: Mapping[str, str], raw: bytes, spec: OpenA
     if status in (401, 403):
         where = f"in {spec.api_key_env!r}" if spec.api_key_env else "(api_key_env is not set)"
         return EndpointError(f"{spec.base_url} refuses the key {where} with {status}: {said}")
+    if status == 402:
+        return EndpointError(f"{spec.base_url} asks for payment: {said}")
     if status == 404:
         return EndpointError(f"{spec.base_url} does not know model {spec.model!r}: {said}")
     if status == 408 or status == 409 or status == 429 or status >= 500:
@@ -145,7 +147,8 @@ def _classified(status: int, headers: Mapping[str, str], raw: bytes, spec: OpenA
         return _Transient(reason, f"{status}: {said}", wait_s)
     if "content" in said.lower() and ("filter" in said.lower() or "policy" in said.lower()):
         return Refused("content_filter", f"{status}: {said}")
-    return Rejected("bad_request", f"{spec.base_url} answers {status}: {said}")
+    # Not tried again now, yet by the next run: the endpoint may be mended, and a refusal is free.
+    return Unanswered("bad_request", f"{spec.base_url} answers {status}: {said}")
 
 
 def _message(raw: bytes) -> str:

@@ -41,6 +41,9 @@ class Dataset(SourceStep[Record]):
         del taken
         return KINDS[self.kind]
 
+    def is_private(self, kit: Kit) -> bool:
+        return self.private or self._version(kit).manifest.private
+
     def fingerprint(self, kit: Kit) -> str:
         return self._version(kit).manifest.digest
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from steps_kit import each, prompt, scripted, served
 
 from datakit.annotation.respond import Respond, read
-from datakit.errors import Refused, Rejected, RowError, Truncated, Unanswered, Unparsable
+from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
 from datakit.models.chat import OpenAISpec, Reply, Sampling, wire_request
 from datakit.models.ledger import Entry, Ledger
 from datakit.records import Message, Prompt
@@ -227,8 +227,8 @@ def test_an_answer_keeps_its_spaces():
     assert read(Reply(text="  indented\n"), "m", "{}").text == "  indented\n"
 
 
-def test_a_request_that_the_endpoint_rejects_is_a_rows_own_failure(tmp_path):
+def test_a_request_that_the_endpoint_calls_bad_is_a_rows_own_failure(tmp_path):
     with Endpoint() as server:
         models = {"m": served(server.url, "m", extra_body={"n": 999})}
-        with pytest.raises(Rejected, match="too_few_answers"):
+        with pytest.raises(Unanswered, match="too_few_answers"):
             each(Respond(models=("m",)), ROW, tmp_path, models)

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from endpoint import Endpoint
 
-from datakit.errors import EndpointError, InputError, Rejected, Unanswered
+from datakit.errors import EndpointError, InputError, Unanswered
 from datakit.models.chat import Ask, OpenAISpec, Reply, Sampling
 from datakit.models.ledger import Ledger, Ledgered, Meter
 from datakit.models.openai import OpenAIChat
@@ -344,10 +344,10 @@ def test_an_unknown_model_names_url_and_model():
     assert "'unknown'" in str(raised.value)
 
 
-def test_a_request_that_the_endpoint_calls_bad_is_rejected_after_one_try():
+def test_a_request_that_the_endpoint_calls_bad_is_asked_once_and_again_by_the_next_run():
     with Endpoint() as endpoint:
-        with pytest.raises(Rejected, match=r"answers 400: .*no stream") as raised:
+        with pytest.raises(Unanswered, match=r"answers 400: .*no stream") as raised:
             reply(endpoint, chat(extra_body={"stream": True}))
         assert endpoint.stats()["requests"] == 1
     assert raised.value.reason == "bad_request"
-    assert not raised.value.transient
+    assert raised.value.transient
