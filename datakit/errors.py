@@ -20,6 +20,8 @@
 A message says what, where, both values, and what to do. All of them pickle.
 """
 
+import contextlib
+from collections.abc import Generator
 from typing import ClassVar
 
 
@@ -71,6 +73,18 @@ class NotRecorded(OutsideError, LookupError):
 
 class BugError(DatakitError, RuntimeError):
     """A step or the engine broke its contract; the message names step and row."""
+
+
+@contextlib.contextmanager
+def blamed(step: str, doing: str) -> Generator[None]:
+    """Turn whatever a step raises by mistake into a BugError that names it and its place."""
+    try:
+        yield
+    except DatakitError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise BugError(f"step {step!r} failed {doing}: {said}") from error
 
 
 class RowError(DatakitError, ValueError):

@@ -6,13 +6,14 @@ from typing import Any
 
 import polars as pl
 
-from datakit.errors import BugError, Rejected, RowError
+from datakit.errors import BugError, InputError, Rejected, RowError
 from datakit.kit import Kit
 from datakit.recipe import PlacedStep
 from datakit.records import ID_BYTES, SCHEMA_VERSION, Record, from_frame, to_frame
 from datakit.session import Settings
 from datakit.step import DROPPED, Reject, Split, roles
 from datakit.text import digest
+from datakit.values import SPLIT_NAME
 
 Dropped = dict[str, Any]
 """One row of DROPPED; what is not said is empty."""
@@ -62,6 +63,11 @@ def identified(
     for one in found:
         if left is not None and len(rows) == left:
             break
+        if isinstance(one, Record) and one.split and not SPLIT_NAME.fullmatch(one.split):
+            raise InputError(
+                f"the source declares a split {one.split!r}; names are of a-z, 0-9 and _; map "
+                "another column to `split`, or none"
+            )
         if isinstance(one, Reject):
             dropped.append(_reject(one.place, one.reason, one.detail, one.raw))
         elif one.id:

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from datakit.engine import Markers, Work
-from datakit.errors import BugError, DatakitError, Rejected, RowError
+from datakit.errors import BugError, Rejected, RowError, blamed
 from datakit.kit import Kit
 from datakit.loop import gather, run_in_loop
 from datakit.models.chat import ChatModel, ChatSpec
@@ -129,7 +129,8 @@ class _Worker:
             done = self.store.find(key)
             if done is None or done.status == "partial":
                 seen = self._origins(dones) if seen is None else seen
-                found = await step.read(part, kit)
+                with blamed(placed.alias, f"reading {part.name!r}"):
+                    found = await step.read(part, kit)
                 rows, dropped = identified(found, seen, left)
                 done = self.store.save(
                     key,
@@ -216,21 +217,16 @@ class _Worker:
 
         async def one(row: Record) -> list[Record] | Dropped:
             try:
-                made = await step.each(row, kit)
-                if not made:
-                    raise BugError(
-                        f"step {placed.alias!r} returned nothing for row {row.id}; a row that "
-                        "does not belong raises Rejected"
-                    )
-                return [derived(out, [row], placed.alias, slot) for slot, out in enumerate(made)]
+                with blamed(placed.alias, f"on row {row.id}"):
+                    made = await step.each(row, kit)
+                    if not made:
+                        raise BugError(
+                            f"step {placed.alias!r} returned nothing for row {row.id}; a row that "
+                            "does not belong raises Rejected"
+                        )
+                    return [derived(one, [row], placed.alias, i) for i, one in enumerate(made)]
             except RowError as error:
                 return drop_of(row, error)
-            except DatakitError:
-                raise
-            except Exception as error:
-                raise BugError(
-                    f"step {placed.alias!r} failed on row {row.id}: {type(error).__name__}: {error}"
-                ) from error
             finally:
                 self.watch.row_done(placed.alias)
 
@@ -286,16 +282,10 @@ class _Worker:
         rows = from_frame(kind, group)
         by_id = {row.id: row for row in rows}
         try:
-            made = await step.each(rows, kit)
+            with blamed(placed.alias, f"on the group of row {rows[0].id}"):
+                made = await step.each(rows, kit)
         except RowError as error:
             return [], [drop_of(row, error) for row in rows]
-        except DatakitError:
-            raise
-        except Exception as error:
-            raise BugError(
-                f"step {placed.alias!r} failed on the group of row {rows[0].id}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
         kept: list[Record] = []
         drops: list[Dropped] = []
         for slot, out in enumerate(made):
@@ -340,7 +330,8 @@ class _Worker:
         done = self.store.find(key)
         if done is None:
             frame = self.store.read(chunk)
-            made: pl.DataFrame = step.prepare(frame, kit)
+            with blamed(placed.alias, "preparing its table"):
+                made: pl.DataFrame = step.prepare(frame, kit)
             if made["id"].to_list() != frame["id"].to_list():
                 raise BugError(f"step {placed.alias!r}: prepare must keep the rows and their order")
             done = self.store.save(
@@ -374,9 +365,5 @@ class _Worker:
 
 
 def _apply(placed: PlacedStep, table: Any, kit: Kit) -> Split:
-    try:
+    with blamed(placed.alias, "on its table"):
         return placed.step.apply(table, kit)  # type: ignore[attr-defined]
-    except DatakitError:
-        raise
-    except Exception as error:
-        raise BugError(f"step {placed.alias!r} failed: {type(error).__name__}: {error}") from error

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from datakit.errors import InputError
 from datakit.records import (
     KINDS,
     Candidates,
@@ -227,3 +228,8 @@ def test_records_survive_pickle_and_json():
     row = pair(measures={"a.b": 1.0})
     assert pickle.loads(pickle.dumps(row)) == row
     assert Pair.model_validate_json(row.model_dump_json()) == row
+
+
+def test_a_split_that_is_no_file_name_is_refused_when_it_is_read():
+    with pytest.raises(InputError, match="split 'Train'"):
+        from_source([Prompt(messages=user("q"), split="Train")])
