@@ -147,6 +147,14 @@ def test_schemas_are_written(datakit, tmp_path):
     assert (tmp_path / "s" / "records" / "pair.schema.json").is_file()
 
 
+def test_vllm_is_never_put_into_a_folder_that_holds_something(datakit, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("")
+    done = datakit("doctor", "--install-vllm", "mine")
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr
+
+
 def test_doctor_says_what_is_there(datakit):
     done = datakit("doctor")
     assert done.returncode == 0, done.stderr
