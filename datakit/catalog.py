@@ -60,8 +60,3 @@ def find_step(name: str) -> type[Step]:
         names = ", ".join(step.__name__ for step in steps) or "none"
         raise InputError(f"module {path!r} must hold exactly one Step, it holds: {names}")
     return steps[0]
-
-
-def step_name(step: type[Step]) -> str:
-    """The name under which `find_step` finds the class."""
-    return step.__module__.removeprefix("datakit.")

@@ -63,7 +63,8 @@ def release(recipe: Recipe, settings: Settings, markers: Markers) -> tuple[Versi
     """The version of a finished run, and whether it is new.
 
     The same rows under the same recipe are the version that exists. Raises GateFailed after
-    writing the version to `candidates/`.
+    writing the version to `candidates/`, and OutsideError where more rows went unanswered than the
+    gate allows, or the disk failed.
     """
     name = recipe.name if settings.limit is None else f"{recipe.name}-limit-{settings.limit}"
     home = dataset_folder(settings.outputs, name)
