@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import polars as pl
 
 from datakit.errors import BugError, InputError
+from datakit.passes import Between
 from datakit.recipe import PlacedStep, Recipe
 from datakit.session import Settings
 from datakit.step import FrameStep, RowStep
@@ -71,7 +72,7 @@ def execute(recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1) 
             )
             for lane, run in enumerate(runs)
         ]
-        results = spread(works)
+        results = _finished(works, spread)
         for position, placed in enumerate(stage):
             dones = [done for result in results for done in result[position]]
             _conserved(store, placed, markers[-1] if markers else None, dones)
@@ -79,6 +80,26 @@ def execute(recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1) 
         if first == 0:
             _not_empty(store, stage[0], markers[0])
     return markers
+
+
+def _finished(works: Sequence[Work], spread: Spread) -> Sequence[Markers]:
+    """Do works in as many passes as it takes until no part is pending.
+
+    The first pass replays what is known and asks what can be asked at once. Then the local models
+    that are needed are up in turns, and batches are sent and collected, and the works are done
+    again, whose answers so far are in the ledger. Raises Stopped where the budget is spent.
+    """
+    settings = works[0].settings
+    between = Between(settings, [placed.step for placed in works[0].steps])
+    reasons: set[str] = set()
+    while True:
+        with between.passes(reasons) as served:
+            changed = {"settings": settings.model_copy(update={"served": served})}
+            results = spread([work.model_copy(update=changed) for work in works])
+        dones = (done for markers in results for step in markers for done in step)
+        reasons = {reason for done in dones if done.status == "pending" for reason in done.reasons}
+        if not reasons:
+            return results
 
 
 def _stages(steps: Sequence[PlacedStep]) -> Iterator[tuple[int, tuple[PlacedStep, ...]]]:

@@ -10,6 +10,7 @@
     │   ├── EndpointError                        the endpoint refuses us (key, model)
     │   └── NotRecorded(LookupError)             offline, and the ledger has no answer
     ├── BugError(RuntimeError)          exit 70  a step or the engine is wrong
+    ├── Pending(RuntimeError)                    a row cannot be finished now; never leaves a run
     └── RowError(ValueError)                     one row failed: data, never a crash
         ├── Unparsable    the model's reply has no usable content
         ├── Refused       the model or a content filter declined
@@ -69,6 +70,23 @@ class EndpointError(OutsideError):
 
 class NotRecorded(OutsideError, LookupError):
     """No call may be made, and the ledger holds no answer to this request."""
+
+
+class Pending(DatakitError, RuntimeError):
+    """A row cannot be finished now, and nothing is wrong with it.
+
+    The budget is spent, its model is not up in this pass, or its answer comes with a batch.
+    `reason` is a short code (`budget`, `phase`, `batch`). The engine asks again in a later pass or
+    run; steps let it through.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class BugError(DatakitError, RuntimeError):

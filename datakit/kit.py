@@ -1,13 +1,21 @@
 """What a step may use while it runs: seeded draws, models, vectors, files."""
 
+import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar, cast
 
-from datakit.errors import InputError, Refused, Truncated, Unparsable
-from datakit.models.chat import Ask, ChatModel, ChatSpec, Reply, Spec
+from datakit.errors import InputError, Pending, Refused, RowError, Truncated, Unparsable
+from datakit.models.answers import A, read_answer, repair, schema_of
+from datakit.models.chat import Ask, Reply
 from datakit.models.embed import Embedder, Vectors
+from datakit.models.ledgered import Ledgered
+from datakit.models.specs import ChatSpec, Spec
 from datakit.text import canonical_json, digest
+
+T = TypeVar("T")
 
 
 class Kit:
@@ -20,8 +28,9 @@ class Kit:
         base: Path,
         outputs: Path,
         specs: Mapping[str, Spec],
-        chats: Mapping[str, ChatModel],
+        chats: Mapping[str, Ledgered],
         embedders: Mapping[str, Embedder],
+        depth: int = 0,
     ) -> None:
         self.alias = alias
         self.seed = seed
@@ -30,6 +39,7 @@ class Kit:
         self._specs = specs
         self._chats = chats
         self._embedders = embedders
+        self._depth = depth
 
     def rng(self, row_id: str, purpose: str) -> random.Random:
         """A generator of its own for each row and purpose: the only source of randomness."""
@@ -51,7 +61,7 @@ class Kit:
 
     async def ask(self, role: str, ask: Ask) -> Reply:
         """The model's reply, whatever its finish reason."""
-        return await self._chats[role].answer(ask)
+        return await self._chats[role].answer(ask, self.alias, self._depth)
 
     async def ask_whole(self, role: str, ask: Ask) -> Reply:
         """A reply that is whole: raises Refused, Truncated, or Unparsable where it is empty."""
@@ -64,6 +74,33 @@ class Kit:
         if not reply.text.strip():
             raise Unparsable("empty", f"the reply of {name} is empty", reply.text)
         return reply
+
+    async def ask_for(self, role: str, ask: Ask, answer: type[A]) -> tuple[A, Reply]:
+        """A reply that fits the type `answer`, and the reply it was read from.
+
+        A reply that does not fit is shown to the model once with its error. Raises Unparsable
+        where the second does not fit either, and as `ask_whole`.
+        """
+        asked = replace(ask, answer_schema=schema_of(answer))
+        reply = await self.ask_whole(role, asked)
+        try:
+            return read_answer(reply.text, answer), reply
+        except Unparsable as error:
+            again = repair(asked, reply.text, error)
+        reply = await self.ask_whole(role, again)
+        return read_answer(reply.text, answer), reply
+
+    async def settle(self, jobs: Iterable[Awaitable[T]]) -> list[T | RowError]:
+        """The result of every job, or the row's own error in its place; waits for all of them.
+
+        Any other error is raised, once all have ended: what was asked is in the ledger by then.
+        """
+        found = await asyncio.gather(*jobs, return_exceptions=True)
+        errors = [one for one in found if isinstance(one, BaseException)]
+        fatal = [one for one in errors if not isinstance(one, RowError)]
+        if fatal:
+            raise next((one for one in fatal if not isinstance(one, Pending)), fatal[0])
+        return cast("list[T | RowError]", found)
 
     def embed(self, role: str, texts: Sequence[str]) -> Vectors:
         """float32 [n, d] of unit length, each distinct text embedded once ever."""

@@ -1,21 +1,18 @@
 """Running a recipe, from Python or a command line: recipe -> parts -> version."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datakit.engine import Spread, execute
-from datakit.models.chat import (
-    ChatModel,
-    ChatSpec,
-    EmbedSpec,
-    HashingSpec,
-    OpenAISpec,
-    ScriptedSpec,
-    Spec,
-)
+from datakit.errors import InputError
+from datakit.models.budget import Budget
+from datakit.models.chat import ChatModel
 from datakit.models.identity import default_state
 from datakit.models.ledger import Ledger
+from datakit.models.prices import price_of
+from datakit.models.specs import ChatSpec, EmbedSpec, HashingSpec, OpenAISpec, ScriptedSpec, Spec
 from datakit.recipe import Recipe, check_trust, load_recipe
 from datakit.release import release
 from datakit.session import Session, Settings, Watch
@@ -36,13 +33,18 @@ def run(
     spread: Spread | None = None,
     watch: Watch | None = None,
     models: Mapping[str, ChatModel] | None = None,
+    max_usd: float | None = None,
+    max_tokens: int | None = None,
+    finish_partial: bool = False,
 ) -> Version:
     """Run a recipe and return its version: a new one, or the one that already says the same.
 
     recipe: a loaded recipe, a file, a shipped name, or a mapping. limit: at most so many source
     rows, released as `<name>-limit-<n>`. overrides: `path=value` texts. state: the folder of
     ledger and vectors. spread: who does the works; here, one after another, by default. models:
-    chat models by role that answer instead of the recipe's.
+    chat models by role that answer instead of the recipe's. max_usd, max_tokens: caps for this
+    run, instead of the recipe's budget. finish_partial: send nothing, and release the rows that
+    are complete as a pre-release.
 
     Raises RecipeError, InputError, GateFailed, Stopped, OutsideError or BugError.
     """
@@ -57,6 +59,10 @@ def run(
         limit=limit,
         offline=offline,
         models=loaded.models,
+        finish_partial=finish_partial,
+        recipe=loaded.name,
+        run=uuid.uuid4().hex[:12],
+        budget=_budget(loaded, max_usd, max_tokens),
     )
     settings = settings.model_copy(update={"private": _checked_outside(loaded, settings)})
     read_recorded(loaded, settings)
@@ -68,6 +74,25 @@ def run(
     version, is_new = release(loaded, settings, markers)
     watch.released(version, is_new)
     return version
+
+
+def _budget(recipe: Recipe, max_usd: float | None, max_tokens: int | None) -> Budget | None:
+    """The cap of this run. Raises InputError where dollars are capped and a price is not known."""
+    budget = recipe.budget
+    if max_usd is not None or max_tokens is not None:
+        budget = Budget(max_usd=max_usd, max_tokens=max_tokens)
+    if budget is None or budget.max_usd is None:
+        return budget
+    for placed in recipe.steps:
+        for _, role, _ in roles(placed.step):
+            spec = recipe.models[role]
+            if isinstance(spec, ChatSpec) and price_of(spec) is None:
+                raise InputError(
+                    f"a cap of ${budget.max_usd:,.2f} cannot hold: nobody knows what "
+                    f"models.{role} ({spec.model!r}) costs; give it `price: {{input: USD, "
+                    "output: USD}` for a million tokens, or cap tokens instead"
+                )
+    return budget
 
 
 def _checked_outside(recipe: Recipe, settings: Settings) -> bool:

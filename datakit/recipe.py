@@ -16,7 +16,8 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, model_
 
 from datakit.catalog import find_step
 from datakit.errors import InputError, RecipeError
-from datakit.models.chat import DEFAULT_MODELS, ModelSpec, OpenAISpec, Spec
+from datakit.models.budget import Budget
+from datakit.models.specs import DEFAULT_MODELS, ModelSpec, OpenAISpec, Spec
 from datakit.recipe_files import find_recipe, read_yaml
 from datakit.records import Record
 from datakit.step import SourceStep, Step, roles
@@ -76,6 +77,7 @@ class Recipe(Value):
     recorded: str | None = None
     models: dict[str, SerializeAsAny[Spec]] = {}
     steps: tuple[PlacedStep, ...] = Field(min_length=1)
+    budget: Budget | None = None
     gate: dict[str, Bound] = {}
     splits: dict[str, Number] = {"train": 0.95, "test": 0.05}
     base: Path = Field(default=Path(), exclude=True)

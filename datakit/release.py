@@ -27,7 +27,7 @@ from datakit.lineage import (
     rejects,
     source_roots,
 )
-from datakit.models.chat import ChatSpec, EmbedSpec
+from datakit.models.specs import ChatSpec, EmbedSpec
 from datakit.recipe import Bound, Recipe
 from datakit.records import Candidates, Record, from_frame
 from datakit.report.card import render_card

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from datakit.catalog import find_step, step_names
-from datakit.models.chat import ModelSpec
+from datakit.models.specs import ModelSpec
 from datakit.recipe import Recipe
 from datakit.records import KINDS
 from datakit.versions import Manifest

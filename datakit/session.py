@@ -6,15 +6,24 @@ from pathlib import Path
 from pydantic import SerializeAsAny
 
 from datakit.kit import Kit
-from datakit.models.chat import ChatModel, ChatSpec, EmbedSpec, OpenAISpec, ScriptedSpec, Spec
+from datakit.models.batch import Queued
+from datakit.models.book import Book, Meter
+from datakit.models.budget import Allowance, Budget
+from datakit.models.chat import ChatModel
 from datakit.models.embed import CachedEmbedder, open_embedder
-from datakit.models.ledger import Ledger, Ledgered, Meter
+from datakit.models.ledger import Ledger
+from datakit.models.ledgered import Closed, Ledgered, Recorded, Silent
 from datakit.models.openai import OpenAIChat
+from datakit.models.prices import price_of
 from datakit.models.scripted import Scripted
+from datakit.models.specs import ChatSpec, EmbedSpec, OpenAISpec, ScriptedSpec, Spec, VLLMSpec
 from datakit.step import Step, roles
 from datakit.store import Done
 from datakit.values import Value
 from datakit.versions import Version
+
+PHASE = "phase:"
+"""Before the role, the reason why a row waits for a local model to be up."""
 
 
 class Settings(Value):
@@ -22,7 +31,9 @@ class Settings(Value):
 
     outputs: where parts and versions go; state: ledger and vectors; base: the recipe's folder;
     limit: at most so many source rows; private: they reach only trusted models; offline: nothing
-    may be sent.
+    may be sent; finish_partial: nothing is sent, and rows that would need it are left out. recipe
+    and run name what is spent. served: where local models are up, by role; a local model that is
+    in none of it is not up in this pass.
     """
 
     outputs: Path
@@ -33,7 +44,12 @@ class Settings(Value):
     limit: int | None = None
     private: bool = False
     offline: bool = False
+    finish_partial: bool = False
+    recipe: str = ""
+    run: str = ""
+    budget: Budget | None = None
     models: dict[str, SerializeAsAny[Spec]] = {}
+    served: dict[str, tuple[str, ...]] = {}
 
 
 class Watch:
@@ -62,7 +78,10 @@ class Watch:
 
 
 class Session:
-    """Open handles for a run's steps; use as `with`, and await `close_models` in the loop."""
+    """Open handles for a run's steps; use as `with`, and await `close_models` in the loop.
+
+    share: among how many sessions that work at the same time a model's window is divided.
+    """
 
     def __init__(
         self,
@@ -70,10 +89,12 @@ class Session:
         steps: Iterable[Step],
         watch: Watch,
         models: Mapping[str, ChatModel] | None = None,
+        share: int = 1,
     ) -> None:
         self.settings = settings
         self.watch = watch
-        self._ledger: Ledger | None = None
+        self._share = share
+        self._book: Book | None = None
         self._chats: dict[str, Ledgered] = {}
         self._embedders: dict[str, CachedEmbedder] = {}
         for step in steps:
@@ -82,18 +103,54 @@ class Session:
 
     def _open(self, role: str, spec: Spec, given: ChatModel | None) -> None:
         if isinstance(spec, ChatSpec) and role not in self._chats:
-            if self._ledger is None:
-                self._ledger = Ledger(self.settings.state)
-            meter = self.watch.meter
-            model = given or open_chat(spec, meter)
-            silent = given is None and isinstance(spec, OpenAISpec) and spec.base_url is None
-            offline = self.settings.offline or silent
-            self._chats[role] = Ledgered(model, spec, self._ledger, meter, offline)
+            if self._book is None:
+                self._book = self._opened_book()
+            price = price_of(spec)
+            if price is None and given is None:
+                self.watch.meter.is_priced = False
+            inner = self._inner(role, spec, given, self._book)
+            self._chats[role] = Ledgered(inner, spec, self._book, price)
         elif isinstance(spec, EmbedSpec) and role not in self._embedders:
             self._embedders[role] = CachedEmbedder(open_embedder(spec), self.settings.state)
 
-    def kit(self, alias: str) -> Kit:
-        """The kit of one step."""
+    def _opened_book(self) -> Book:
+        settings = self.settings
+        ledger = Ledger(settings.state)
+        allowance = None
+        if settings.budget is not None:
+            allowance = Allowance(settings.budget, ledger, settings.recipe, settings.run)
+        return Book(ledger, self.watch.meter, settings.recipe, settings.run, allowance)
+
+    def _inner(self, role: str, spec: ChatSpec, given: ChatModel | None, book: Book) -> ChatModel:
+        """What answers the requests that the ledger does not know."""
+        settings = self.settings
+        if given is not None:
+            return Recorded(given, spec, book)
+        name = spec.resolved_identity()
+        if isinstance(spec, ScriptedSpec):
+            return Recorded(Scripted(spec), spec, book)
+        if settings.finish_partial:
+            return Closed(name, "unfinished", f"{name} has not answered, and nothing is sent")
+        if settings.offline or (isinstance(spec, OpenAISpec) and not spec.urls):
+            return Silent(name)
+        if isinstance(spec, VLLMSpec):
+            urls = settings.served.get(role)
+            if urls is None:
+                return Closed(name, f"{PHASE}{role}", f"{name} is not up in this pass")
+            return OpenAIChat(spec, urls, book, price_of(spec), self._share)
+        assert isinstance(spec, OpenAISpec)
+        if spec.mode == "batch":
+            return Queued(name, spec, book)
+        return OpenAIChat(spec, spec.urls, book, price_of(spec), self._share)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the budget allows no further request."""
+        book = self._book
+        return book is not None and book.allowance is not None and book.allowance.is_spent
+
+    def kit(self, alias: str, depth: int = 0) -> Kit:
+        """The kit of one step, `depth` steps into its stage."""
         settings = self.settings
         return Kit(
             alias,
@@ -103,6 +160,7 @@ class Session:
             settings.models,
             self._chats,
             self._embedders,
+            depth,
         )
 
     async def close_models(self) -> None:
@@ -114,18 +172,10 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ledger is not None:
-            self._ledger.close()
         for embedder in self._embedders.values():
             embedder.close()
-
-
-def open_chat(spec: ChatSpec, meter: Meter) -> ChatModel:
-    """The chat model of a spec; no connection is made yet."""
-    match spec:
-        case ScriptedSpec():
-            return Scripted(spec)
-        case OpenAISpec():
-            return OpenAIChat(spec, meter)
-        case _:
-            raise TypeError(f"no chat model for {type(spec).__name__}")
+        if self._book is not None:
+            try:
+                self._book.close()
+            finally:
+                self._book.ledger.close()

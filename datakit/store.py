@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -37,14 +37,15 @@ class Chunk(Value):
 class Done(Value):
     """The marker of a part: what came out, and what was dropped why.
 
-    failed: dropped rows that a model failed on, among them the unanswered ones.
+    failed: dropped rows that a model failed on, among them the unanswered ones. A `pending` part
+    has no marker on disk: some of its rows cannot be finished now, and `reasons` says why.
     """
 
     key: str
     alias: str
     step: str
     kind: str
-    status: Literal["complete", "partial"]
+    status: Literal["complete", "partial", "pending"]
     rows_in: int
     chunks: tuple[Chunk, ...]
     dropped: str
@@ -52,6 +53,26 @@ class Done(Value):
     reasons: dict[str, int]
     failed: int
     unanswered: int
+
+    @classmethod
+    def pending(
+        cls, key: str, alias: str, step: str, rows_in: int, reasons: Mapping[str, int]
+    ) -> "Done":
+        """A part that cannot be finished now."""
+        return cls(
+            key=key,
+            alias=alias,
+            step=step,
+            kind="",
+            status="pending",
+            rows_in=rows_in,
+            chunks=(),
+            dropped="",
+            dropped_rows=0,
+            reasons=dict(reasons),
+            failed=0,
+            unanswered=0,
+        )
 
     @property
     def rows(self) -> int:

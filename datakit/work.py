@@ -10,10 +10,11 @@ from typing import Any
 import polars as pl
 
 from datakit.engine import Markers, Work
-from datakit.errors import BugError, Rejected, RowError, blamed
+from datakit.errors import BugError, Pending, Rejected, RowError, blamed
 from datakit.kit import Kit
 from datakit.loop import gather, run_in_loop
-from datakit.models.chat import ChatModel, ChatSpec
+from datakit.models.chat import ChatModel
+from datakit.models.specs import ChatSpec
 from datakit.recipe import PlacedStep
 from datakit.records import KINDS, Record, from_frame, to_frame
 from datakit.rows import (
@@ -42,6 +43,9 @@ from datakit.step import (
 from datakit.store import Chunk, Done, Store, cut, frame_digest
 from datakit.text import digest
 
+_USUAL_WINDOW = 256
+"""Requests in flight where a model states no number: how many parts are open follows from it."""
+
 
 def perform(
     work: Work, watch: Watch | None = None, models: Mapping[str, ChatModel] | None = None
@@ -55,7 +59,7 @@ def perform(
 
     def whole() -> Markers:
         steps = [one.step for one in work.steps]
-        with Session(work.settings, steps, listener, models) as session:
+        with Session(work.settings, steps, listener, models, work.lanes) as session:
             if isinstance(work.steps[0].step, TableStep):
                 # Needs no loop, and is long: without one, a signal strikes at once.
                 return [[_Worker(work, session).table()]]
@@ -97,7 +101,7 @@ class _Worker:
         self.watch = session.watch
         self.store = Store(work.settings.outputs)
         window = sum(
-            spec.max_in_flight
+            spec.max_in_flight or _USUAL_WINDOW
             for role in {role for one in work.steps for _, role, _ in roles(one.step)}
             if isinstance(spec := work.settings.models[role], ChatSpec)
         )
@@ -176,33 +180,52 @@ class _Worker:
             for position, placed in enumerate(self.work.steps):
                 if position:
                     self.watch.step_begins(placed.alias, chunk.rows)
-                kit = self.session.kit(placed.alias)
+                kit = self.session.kit(placed.alias, position)
                 gives = placed.step.gives(kind)
                 key = part_key(placed, kind.__name__, [chunk.digest], self.settings, kit)
                 done = self.store.find(key)
                 if done is None or done.status == "partial":
-                    frame = self.store.read(chunk)
-                    if isinstance(placed.step, FrameStep):
-                        kept, drops = decided(frame, _apply(placed, frame, kit), placed.alias, kind)
-                    else:
-                        kept, drops = await self._each(placed, kind, gives, frame, kit)
-                    conserve(placed.alias, frame, kept, drops)
-                    done = self.store.save(
-                        key,
-                        placed.alias,
-                        placed.name,
-                        gives.__name__,
-                        frame.height,
-                        [kept],
-                        [drops],
-                    )
-                self.watch.part_done(done)
+                    done = await self._row_part(placed, kind, gives, chunk, key, kit)
+                if done.status != "pending":
+                    self.watch.part_done(done)
                 dones.append(done)
                 kind = gives
                 if not done.chunks:
                     break
                 chunk = done.chunks[0]
         return dones
+
+    async def _row_part(
+        self,
+        placed: PlacedStep,
+        kind: type[Record],
+        gives: type[Record],
+        chunk: Chunk,
+        key: str,
+        kit: Kit,
+    ) -> Done:
+        """One step over one part."""
+        if self.session.is_spent and isinstance(placed.step, RowStep):
+            return Done.pending(key, placed.alias, placed.name, chunk.rows, {"budget": chunk.rows})
+        frame = self.store.read(chunk)
+        if isinstance(placed.step, FrameStep):
+            kept, drops = decided(frame, _apply(placed, frame, kit), placed.alias, kind)
+        else:
+            kept, drops = await self._each(placed, kind, gives, frame, kit)
+            pending = self._pending(drops)
+            if pending:
+                return Done.pending(key, placed.alias, placed.name, frame.height, pending)
+        conserve(placed.alias, frame, kept, drops)
+        return self.store.save(
+            key, placed.alias, placed.name, gives.__name__, frame.height, [kept], [drops]
+        )
+
+    def _pending(self, drops: pl.DataFrame) -> dict[str, int]:
+        """Why a part must wait, and for how many rows; with `finish_partial` none does."""
+        if self.settings.finish_partial:
+            return {}
+        waiting = drops.filter(pl.col("kind") == Pending.__name__)["reason"]
+        return dict(waiting.value_counts().iter_rows())
 
     async def _each(
         self,
@@ -227,6 +250,8 @@ class _Worker:
                     return [derived(one, [row], placed.alias, i) for i, one in enumerate(made)]
             except RowError as error:
                 return drop_of(row, error)
+            except Pending as error:
+                return _unfinished(row, error)
             finally:
                 self.watch.row_done(placed.alias)
 
@@ -267,6 +292,9 @@ class _Worker:
             kept = to_frame(gives, [row for rows, _ in results for row in rows])
             drops = dropped_frame([drop for _, dropped in results for drop in dropped])
             frame = pl.concat(groups)
+            pending = self._pending(drops)
+            if pending:
+                return Done.pending(key, placed.alias, placed.name, frame.height, pending)
             conserve(placed.alias, frame, kept, drops)
             done = self.store.save(
                 key, placed.alias, placed.name, gives.__name__, frame.height, [kept], [drops]
@@ -286,6 +314,8 @@ class _Worker:
                 made = await step.each(rows, kit)
         except RowError as error:
             return [], [drop_of(row, error) for row in rows]
+        except Pending as error:
+            return [], [_unfinished(row, error) for row in rows]
         kept: list[Record] = []
         drops: list[Dropped] = []
         for slot, out in enumerate(made):
@@ -362,6 +392,18 @@ class _Worker:
             drops.append(dropped)
             if kept.height:
                 yield kept
+
+
+def _unfinished(row: Record, error: Pending) -> Dropped:
+    """A row that waits for another pass or run, as it stands in the rejects until then."""
+    return {
+        "id": row.id,
+        "kind": Pending.__name__,
+        "reason": error.reason,
+        "detail": error.detail,
+        "transient": True,
+        "record": row.model_dump_json(),
+    }
 
 
 def _apply(placed: PlacedStep, table: Any, kit: Kit) -> Split:

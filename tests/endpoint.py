@@ -6,8 +6,9 @@ from (seed, body, attempt number of that body), never from time or order of arri
 
 A program (`python tests/endpoint.py --port 0 --p500 .1` prints `ready http://127.0.0.1:PORT/v1`)
 or a thread (`with Endpoint(p500=0.1) as e:` gives `e.url`, `e.stats()`, `e.set(p500=0)`). Routes:
-POST /v1/chat/completions and /v1/completions, GET /v1/models; GET /stats (?bodies), POST /reset
-and /set (a JSON object of knobs), which lie beside /v1, not below it.
+POST /v1/chat/completions and /v1/completions, GET /v1/models, /v1/files and /v1/batches as OpenAI
+has them; GET /stats (?bodies), POST /reset and /set (a JSON object of knobs), which lie beside /v1,
+not below it.
 """
 
 import argparse
@@ -17,249 +18,60 @@ import math
 import re
 import signal
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable
-from hashlib import sha256
-from random import Random
-from typing import Annotated, Any, Self
-from weakref import WeakSet
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
 
 from aiohttp import web
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, model_validator
+from endpoint_answers import answer, body_key, repairs, schema_asked, texts_of
+from endpoint_batch import Batches
+from endpoint_knobs import Bucket, Json, Knobs, Refusal, Tally
 
-Json = dict[str, Any]
-Share = Annotated[float, Field(ge=0, le=1)]
 Reply = Callable[[Json], str | None]
+Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 HANG_S = 60.0
-SHARES = ("p500", "p429", "pbad", "phang", "pcut")
-STATUS = {"bad_request": 400, "key": 401, "models": 404, "too_large": 413, "rpm": 429, "p429": 429}
-CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
-WORDS = "amber cedar delta field finds grove harbor holds island keeps lantern meadow north"
-# An opening tag that comes again before it is closed was only mentioned: it opens no block.
-BLOCK = re.compile(r"<(answer_([ab])_*)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
+LARGEST = 64 * 1024**2
+BAD = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+# How an attempt may end with a body of a 200, whole or not.
+ANSWERED = ("ok", "pbad", "pcut", "phang", "pempty", "plength", "pfilter", "pinvalid")
+ASKS = re.compile(rb"POST /v1/(chat/)?completions HTTP/1\.1\r\n")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+# What only the long way understands.
+SPECIAL = re.compile(
+    rb"\r\n(expect|transfer-encoding|content-encoding|connection: *close)", re.IGNORECASE
+)
 
 
-class Knobs(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """What is set at the start and may change while running; a wrong value raises ValueError."""
+class Lane(asyncio.Protocol):
+    """The short way of requests whose answer nothing spoils or delays: read, answered, counted.
 
-    latency: str = "fixed:0"  # before every reply: fixed:S or lognormal:MEAN:SIGMA, MEAN in seconds
-    p500: Share = 0.0  # shares of attempts: a 500
-    p429: Share = 0.0  # a 429, with a Retry-After header if `retry_after` (seconds) is set
-    pbad: Share = 0.0  # a 200 with the first half of the JSON, whose length is stated correctly
-    phang: Share = 0.0  # no answer until the client leaves, at most HANG_S
-    pcut: Share = 0.0  # the connection is closed in the middle of the body
-    retry_after: NonNegativeFloat | None = None
-    rpm: NonNegativeInt = 0  # requests a minute (a bucket that refills steadily); 0 = no limit
-    fail_first: NonNegativeInt = 0  # the first k attempts of every body get a 500
-    fail_matching: str = ""  # a request that contains this text always gets a 500
-    key: str = ""  # the API key that is asked for; empty = any
-    models: tuple[str, ...] = ()  # the models that are known; empty = any
-    seed: int = 0
-    per_body: bool = True  # False: all bodies count as one (fast), faults are drawn by arrival
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if sum(getattr(self, name) for name in SHARES) > 1 + 1e-9:
-            raise ValueError(f"the shares {', '.join(SHARES)} sum to more than 1")
-        self.delay_s(Random(0))
-        return self
-
-    def delay_s(self, rng: Random) -> float:
-        """Draw the time before one reply."""
-        kind, *numbers = self.latency.split(":")
-        match kind, [float(number) for number in numbers]:
-            case "fixed", [seconds] if 0 <= seconds < math.inf:
-                return seconds
-            case "lognormal", [mean, sigma] if 0 < mean < math.inf and 0 <= sigma < math.inf:
-                # The mean of a lognormal is exp(mu + sigma^2 / 2).
-                return rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)
-            case _:
-                raise ValueError(f"latency is fixed:S or lognormal:MEAN:SIGMA, not {self.latency}")
-
-    def outcome(self, body: Json, raw: bytes, attempt: int, rng: Random) -> str:
-        """How an attempt shall end: `ok`, or the name of the knob that spoils it."""
-        shares = [getattr(self, name) for name in SHARES]
-        drawn = rng.choices([*SHARES, "ok"], [*shares, max(0.0, 1 - sum(shares))])[0]
-        # As it was sent, or as it reads: JSON writes some characters in two ways.
-        if self.fail_matching and self.fail_matching in "\n".join([raw.decode(), *texts_of(body)]):
-            return "fail_matching"
-        if self.models and body.get("model") not in self.models:
-            return "models"
-        return "fail_first" if attempt <= self.fail_first else drawn
-
-
-class Refusal(Exception):
-    """An error reply in OpenAI's shape, counted under `kind`: the knob that caused it, if any."""
-
-    def __init__(self, kind: str, message: str = "", wait_s: float | None = None) -> None:
-        super().__init__(kind)
-        status = STATUS.get(kind, 500)
-        type_ = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
-        code = CODES.get(status, kind)
-        error = {"message": f"{kind} {message}".strip(), "type": type_, "code": code}
-        headers = {} if wait_s is None else {"Retry-After": f"{wait_s:g}"}
-        self.kind = kind
-        self.response = web.json_response({"error": error}, status=status, headers=headers)
-
-
-class Tally:
-    """What was asked and how it ended, readable from any thread.
-
-    Always `requests == ok + sum(errors) + in_flight`. A reply is counted before its first byte is
-    sent, so that a client that has its answer never reads stale numbers.
+    It costs a quarter of the long way. The first bytes that are no such request hand the connection
+    over to aiohttp for good.
     """
 
-    def __init__(self) -> None:
-        self._lock, self._in_flight = threading.Lock(), 0
-        self.reset()
+    def __init__(self, endpoint: "Endpoint", long_way: Callable[[], Any], lanes: set["Lane"]):
+        self._endpoint, self._long_way, self._lanes = endpoint, long_way, lanes
+        self._read = b""
 
-    def reset(self) -> None:
-        """Forget all but what is in flight, which counts as if it had just been asked."""
-        with self._lock:
-            self._requests = self._max_in_flight = self._in_flight
-            self._again, self._times = 0, list[float]()
-            self._ok, self._errors, self._attempts = Counter[str](), Counter[str](), Counter[str]()
-            self._connections, self._transports = 0, WeakSet[Any]()
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self._lanes.add(self)
 
-    def arrive(self, transport: asyncio.BaseTransport | None) -> None:
-        """A request has come; its body is not read yet."""
-        with self._lock:
-            self._times = [*self._times[:1], time.time()]
-            self._requests += 1
-            self._in_flight += 1
-            self._max_in_flight = max(self._max_in_flight, self._in_flight)
-            if transport is not None and transport not in self._transports:
-                self._transports.add(transport)
-                self._connections += 1
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lanes.discard(self)
 
-    def admit(self, key: str) -> int:
-        """Number this attempt at a body from 1; an empty key stands for all bodies."""
-        with self._lock:
-            self._attempts[key] += 1
-            self._again += bool(key) and key in self._ok
-            return self._attempts[key]
-
-    def settle(self, key: str, kind: str) -> None:
-        """The request ends: `ok`, or the kind of its error."""
-        with self._lock:
-            self._in_flight -= 1
-            if kind == "ok":
-                self._ok[key] += 1
-            else:
-                self._errors[kind] += 1
-
-    def stats(self, *, bodies: bool = False) -> Json:
-        """The totals; `bodies` adds, by `body_key`, attempts let in (past key and rpm) and ok."""
-        with self._lock:
-            each = {k: {"attempts": n, "ok": self._ok[k]} for k, n in self._attempts.items() if k}
-            return {
-                "requests": self._requests,
-                "ok": self._ok.total(),
-                "errors": dict(self._errors),
-                "in_flight": self._in_flight,
-                "max_in_flight": self._max_in_flight,
-                "connections": self._connections,
-                "first_request_at": self._times[0] if self._times else None,
-                "last_request_at": self._times[-1] if self._times else None,
-                "distinct": len(each),
-                "answered_twice": sum(max(body["ok"] - 1, 0) for body in each.values()),
-                "sent_again_after_ok": self._again,
-            } | ({"bodies": each} if bodies else {})
-
-
-class Bucket:
-    """Permits that refill steadily, `rpm` a minute; a full bucket holds a minute's worth."""
-
-    def __init__(self) -> None:
-        self._rpm, self._permits, self._at = 0, 0.0, 0.0
-
-    def take(self, rpm: int) -> tuple[float, dict[str, str]]:
-        """The seconds to wait, 0 where a permit was taken, and the headers that say so."""
-        now = time.monotonic()
-        refilled = self._permits + (now - self._at) * rpm / 60 if rpm == self._rpm else rpm
-        self._rpm, self._permits, self._at = rpm, min(rpm, refilled), now
-        wait_s = max(0.0, (1 - self._permits) * 60 / rpm)
-        self._permits -= not wait_s
-        return wait_s, {
-            "x-ratelimit-limit-requests": str(rpm),
-            "x-ratelimit-remaining-requests": str(int(self._permits)),
-            "x-ratelimit-reset-requests": f"{(rpm - self._permits) * 60 / rpm:.3f}s",
-        }
-
-
-def body_key(body: Json) -> str:
-    """The name of a request body in the accounting: equal JSON is one body, whatever its order."""
-    return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def texts_of(body: Json) -> list[str]:
-    """The text of each prompt, one for a chat; ValueError where we cannot answer the request."""
-    source, plain = body.get("messages") or body.get("prompt"), isinstance(body.get("model"), str)
-    unserved = body.get("stream") or body.get("echo") or body.get("max_tokens", 0) < 0
-    if not source or not plain or unserved or body.get("n", 1) not in range(1, 129):
-        raise ValueError("give model, messages or prompt, n up to 128; no stream, no echo")
-    if "messages" in body:
-        contents = [message.get("content") or "" for message in source]
-        parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
-        return ["\n".join(part.get("text", "") for message in parts for part in message)]
-    # A prompt is a text, a list of texts, or token ids in one list or in several.
-    single = isinstance(source, str) or isinstance(source[0], int)
-    return [str(prompt) for prompt in ([source] if single else source)]
-
-
-def sentences(seed: str) -> str:
-    """Two sentences, a function of `seed` alone."""
-    digest = sha256(seed.encode()).digest()
-    known = WORDS.split()
-    words = [known[byte % len(known)] for byte in digest[: 16 + digest[-1] % 15]]
-    return f"{' '.join(words[:8]).capitalize()}. {' '.join(words[8:]).capitalize()}."
-
-
-def verdict(text: str, asks: str) -> str | None:
-    """The JSON verdict of a judge who prefers the same text in both orders; None: none is asked."""
-    blocks = {label.upper(): block.strip() for _, label, block in BLOCK.findall(text)}
-    if len(blocks) < 2 or "json" not in asks.lower() or "verdict" not in asks.lower():
-        return None
-    best = max("AB", key=lambda k: sha256(blocks[k].encode(errors="surrogatepass")).digest())
-    return json.dumps({"reason": f"The text of {best} has the larger hash.", "verdict": best})
-
-
-def clip(text: str, body: Json) -> tuple[str, str]:
-    """The text up to its first stop string and its last allowed word, and the finish reason."""
-    stops: str | list[str] = body.get("stop") or []
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.split(stop, 1)[0]
-    limit: int | None = body.get("max_completion_tokens", body.get("max_tokens"))
-    ends = [word.end() for word in re.finditer(r"\S+", text)]
-    if limit is None or len(ends) <= limit:
-        return text, "stop"
-    return text[: [0, *ends][limit]], "length"
-
-
-def answer(body: Json, *, chat: bool, own: str | None = None) -> Json:
-    """The completion: `own` text if given, else a verdict where one is asked, else sentences.
-
-    Nothing in it may differ between two answers to one body, hence the constant time and the id.
-    """
-    texts, said, choices = texts_of(body), list[str](), list[Json]()
-    if chat is not ("messages" in body):
-        raise ValueError("chat completions take messages, completions a prompt")
-    for text in texts:
-        judged = verdict(text, text + json.dumps(body.get("response_format")))
-        fixed = judged if own is None else own
-        source = json.dumps([body["model"], body.get("messages"), text, body.get("seed")])
-        for draw in range(body.get("n", 1)):
-            one, finish = clip(sentences(f"{draw} {source}") if fixed is None else fixed, body)
-            said.append(one)
-            place = {"message": {"role": "assistant", "content": one}} if chat else {"text": one}
-            choices.append({"index": len(choices), **place, "finish_reason": finish})
-    asked, given = (sum(len(text.split()) for text in side) for side in (texts, said))
-    usage = {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
-    kind = "chat.completion" if chat else "text_completion"
-    head = {"id": f"cmpl-{body_key(body)[:24]}", "object": kind, "created": 1_700_000_000}
-    return {**head, "model": body["model"], "choices": choices, "usage": usage}
+    def data_received(self, data: bytes) -> None:
+        self._read += data
+        reply = self._endpoint.at_once(self._read, self.transport)
+        if reply is None:
+            self._lanes.discard(self)
+            protocol = self._long_way()
+            self.transport.set_protocol(protocol)
+            protocol.connection_made(self.transport)
+            protocol.data_received(self._read)
+        elif reply:
+            self._read = b""
+            self.transport.write(reply)
 
 
 class Endpoint:
@@ -272,7 +84,9 @@ class Endpoint:
     def __init__(self, *, reply: Reply | None = None, port: int = 0, **knobs: Any) -> None:
         self.knobs, self.url = Knobs(**knobs), ""
         self._reply, self._port = reply, port
-        self._tally, self._bucket = Tally(), Bucket()
+        self._tally, self._lanes = Tally(), set[Lane]()
+        self._requests, self._tokens = Bucket("requests"), Bucket("tokens")
+        self._batches = Batches(lambda: self.knobs, self._tally, self._outcome, self._complete)
         self.stats = self._tally.stats
 
     def set(self, **changes: Any) -> None:
@@ -280,27 +94,36 @@ class Endpoint:
         self.knobs = Knobs.model_validate({**self.knobs.model_dump(), **changes})
 
     def reset(self) -> None:
-        """Forget what was counted, attempts and the minute's requests included; knobs stay."""
+        """Forget what was counted, attempts and the minute's use too; knobs and files stay."""
         self._tally.reset()
-        self._bucket = Bucket()
+        self._requests, self._tokens = Bucket("requests"), Bucket("tokens")
 
     async def start(self) -> None:
         """Take requests at `url`, in the running loop; OSError where the port is taken."""
-        app = web.Application(client_max_size=64 * 1024**2)
-        app.router.add_post("/v1/{kind:chat/completions|completions}", self._complete)
-        app.router.add_get("/v1/models", self._models)
+        app = web.Application(client_max_size=LARGEST)
+        app.router.add_post("/v1/{kind:chat/completions|completions}", self._serve)
+        app.router.add_get("/v1/models", self._guarded(self._models))
+        for method, path, handler in self._batches.routes:
+            app.router.add_route(method, f"/v1{path}", self._guarded(handler))
         app.router.add_get("/{action:stats}", self._control)
         app.router.add_post("/{action:reset|set}", self._control)
         # Cancellation tells that a client has left; by default a hung reply delays the end by 60 s.
         options: Json = {"handler_cancellation": True, "shutdown_timeout": 0.1}
         self._runner = web.AppRunner(app, access_log=None, **options)
         await self._runner.setup()
+        long_way, lanes = self._runner.server, self._lanes
         # The default backlog of 128 drops a burst of connections, which then take a second longer.
-        await web.TCPSite(self._runner, "127.0.0.1", self._port, backlog=4096).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+        self._listener = await asyncio.get_running_loop().create_server(
+            lambda: Lane(self, long_way, lanes), "127.0.0.1", self._port, backlog=4096
+        )
+        self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}/v1"
 
     async def close(self) -> None:
         """Stop serving; what is in flight is broken off."""
+        if self.url:
+            self._listener.close()
+        for lane in list(self._lanes):
+            lane.transport.abort()
         await self._runner.cleanup()
 
     def __enter__(self) -> Self:
@@ -320,7 +143,29 @@ class Endpoint:
         self._thread.join()
         self._loop.close()
 
-    async def _complete(self, request: web.Request) -> web.Response:
+    def at_once(self, data: bytes, transport: Any) -> bytes | None:
+        """The reply to a whole request; empty where more of it must come; None: the long way."""
+        if not self.knobs.plain or not (asks := ASKS.match(data)):
+            return None
+        head, found, raw = data.partition(b"\r\n\r\n")
+        length = LENGTH.search(head + b"\r\n") if found else None
+        if found and (not length or SPECIAL.search(head)):
+            return None
+        if length is None or len(raw) < int(length[1]) <= LARGEST:
+            return b"" if len(head) < 8192 else None
+        try:
+            if len(raw) != int(length[1]):
+                return None
+            body = {k: v for k, v in json.loads(raw).items() if v is not None}
+            own = self._reply(body) if self._reply else None
+            made = json.dumps(answer(body, chat=bool(asks[1]), own=own)).encode()
+        except Exception:
+            return None  # the long way says what is wrong
+        self._tally.pass_by(transport)
+        kind = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\n"
+        return b"%bContent-Length: %d\r\n\r\n%b" % (kind, len(made), made)
+
+    async def _serve(self, request: web.Request) -> web.Response:
         """Count a request in, answer or spoil it, and count it out before the reply is sent."""
         knobs, key, kind, headers = self.knobs, "", "client_left", dict[str, str]()
         self._tally.arrive(request.transport)
@@ -329,46 +174,92 @@ class Endpoint:
             if not self._allows(request):
                 raise Refusal("key", "is not the one asked for")
             if knobs.rpm:
-                wait_s, headers = self._bucket.take(knobs.rpm)
-                if wait_s:
-                    headers["retry-after-ms"] = str(math.ceil(wait_s * 1000))
-                    raise Refusal("rpm", wait_s=math.ceil(wait_s))
+                self._take("rpm", self._requests, 1, headers)
             body = {k: v for k, v in json.loads(raw).items() if v is not None}
+            if knobs.tpm:
+                usage = self._complete(body, request.path, "ok")["usage"]
+                self._take("tpm", self._tokens, usage["total_tokens"], headers)
             key = body_key(body) if knobs.per_body else ""
             attempt = self._tally.admit(key)
-            rng = Random(f"{knobs.seed} {key} {attempt}")
-            outcome, delay_s = knobs.outcome(body, raw, attempt, rng), knobs.delay_s(rng)
-            await asyncio.sleep(delay_s)
+            outcome = self._outcome(body, raw, key, attempt)
+            await asyncio.sleep(knobs.fate(key, attempt)[1])
             if outcome == "phang":
                 kind = outcome
                 await asyncio.sleep(HANG_S)
-            response = self._reply_to(body, request.path.endswith("/chat/completions"), outcome)
+            response = self._reply_to(body, request.path, outcome)
             kind = outcome
         except Refusal as refusal:
             kind, response = refusal.kind, refusal.response
         except web.HTTPRequestEntityTooLarge:
             kind, response = "too_large", Refusal("too_large").response
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        except BAD as error:
             kind, response = "bad_request", Refusal("bad_request", str(error)).response
         finally:
             self._tally.settle(key, kind)
-        response.headers.update(headers)
+        if headers:
+            response.headers.update(headers)
         return response
+
+    def _take(self, kind: str, bucket: Bucket, amount: int, headers: dict[str, str]) -> None:
+        """Take from a limit and tell it in `headers`, or refuse."""
+        wait_s, told = bucket.take(getattr(self.knobs, kind), amount)
+        if not self.knobs.quiet_limits:
+            headers.update(told)
+        if wait_s:
+            headers["retry-after-ms"] = str(math.ceil(wait_s * 1000))
+            raise Refusal(kind, f"asks for {amount}", wait_s=math.ceil(wait_s))
 
     def _allows(self, request: web.Request) -> bool:
         key = self.knobs.key
         return not key or request.headers.get("Authorization") == f"Bearer {key}"
 
-    def _reply_to(self, body: Json, chat: bool, outcome: str) -> web.Response:
-        """The reply that `outcome` calls for, or a Refusal."""
-        if outcome not in ("ok", "pbad", "pcut", "phang"):
-            raise Refusal(outcome, wait_s=self.knobs.retry_after if outcome == "p429" else None)
+    def _guarded(self, handler: Handler) -> Handler:
+        """A handler that asks for the key, and whose refusals become replies."""
+
+        async def guarded(request: web.Request) -> web.Response:
+            try:
+                if not self._allows(request):
+                    raise Refusal("key", "is not the one asked for")
+                return await handler(request)
+            except Refusal as refusal:
+                return refusal.response
+            except BAD as error:
+                return Refusal("bad_request", str(error)).response
+
+        return guarded
+
+    def _outcome(self, body: Json, raw: bytes, key: str, attempt: int) -> str:
+        """How an attempt shall end: `ok`, or the name of the knob that spoils it."""
+        knobs = self.knobs
+        # As it was sent, or as it reads: JSON writes some characters in two ways.
+        matching = knobs.fail_matching
+        if matching and matching in "\n".join([raw.decode(), *texts_of(body)]):
+            return "fail_matching"
+        if knobs.models and body.get("model") not in knobs.models:
+            return "models"
+        if attempt <= knobs.fail_first:
+            return "fail_first"
+        drawn = knobs.fate(key, attempt)[0]
+        if drawn == "pinvalid" and (schema_asked(body) is None or repairs(body)):
+            return "ok"
+        return drawn
+
+    def _complete(self, body: Json, path: str, outcome: str) -> Json:
+        """The completion that `outcome` calls for, or a Refusal."""
+        if outcome not in ANSWERED:
+            waits = outcome in ("p429", "p503")
+            raise Refusal(outcome, wait_s=self.knobs.retry_after if waits else None)
         try:
             own = self._reply(body) if self._reply else None
         except Exception as error:
             raise Refusal("reply", f"raised {error!r}") from error
-        data = json.dumps(answer(body, chat=chat, own=own)).encode()
-        sent = {"ok": len(data), "phang": 0}.get(outcome, len(data) // 2)
+        chat = path.endswith("/chat/completions")
+        return answer(body, chat=chat, own=own, outcome=outcome)
+
+    def _reply_to(self, body: Json, path: str, outcome: str) -> web.Response:
+        """The completion as it is sent: whole, halved or cut off."""
+        data = json.dumps(self._complete(body, path, outcome)).encode()
+        sent = {"pbad": len(data) // 2, "pcut": len(data) // 2, "phang": 0}.get(outcome, len(data))
         response = web.Response(body=data[:sent], content_type="application/json")
         if outcome in ("pcut", "phang"):
             # Less is sent than was promised, and then the connection is closed.
@@ -377,8 +268,6 @@ class Endpoint:
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
-        if not self._allows(request):
-            return Refusal("key", "is not the one asked for").response
         names = self.knobs.models or ("any",)
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in names]
         return web.json_response({"object": "list", "data": data})
@@ -413,7 +302,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--no-per-body", dest="per_body", action="store_false")
-    for name, default in Knobs().model_dump(exclude={"models", "per_body"}).items():
+    parser.add_argument("--quiet-limits", action="store_true")
+    apart = {"models", "per_body", "quiet_limits"}
+    for name, default in Knobs().model_dump(exclude=apart).items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help="%(default)s")
     asyncio.run(serve(Endpoint(**vars(parser.parse_args()))))
 

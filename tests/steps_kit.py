@@ -6,7 +6,7 @@ import re
 
 import polars as pl
 
-from datakit.models.chat import HashingSpec, OpenAISpec, ScriptedSpec
+from datakit.models.specs import HashingSpec, OpenAISpec, ScriptedSpec
 from datakit.records import Candidates, Message, Pair, Prompt, Response, to_frame
 from datakit.session import Session, Settings, Watch
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import datakit as dk
-from datakit.models.chat import OpenAISpec, SentenceTransformersSpec
+from datakit.models.specs import OpenAISpec, SentenceTransformersSpec
 from datakit.recipe import Recipe, load_recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -11,17 +11,16 @@ Drops: `too_few_verdicts` where fewer than `need` verdicts arrived; `one_text` w
     are the same text, so that there is nothing to compare.
 """
 
-import asyncio
 import itertools
-import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 from pydantic import Field
 
-from datakit.errors import Rejected, RowError, Unparsable
+from datakit.errors import Rejected, RowError
 from datakit.kit import Kit
-from datakit.models.chat import Ask, Reply, Sampling
+from datakit.models.chat import Ask, Reply
+from datakit.models.specs import Sampling
 from datakit.records import (
     Candidates,
     Failure,
@@ -34,19 +33,18 @@ from datakit.records import (
 )
 from datakit.step import ChatRole, RowStep
 from datakit.text import canonical_json, digest, fill
+from datakit.values import Value
 from datakit.verdicts import first_share, flip_share
 
 _SCORES = {"A": (1.0, 0.0), "tie": (0.5, 0.5), "B": (0.0, 1.0)}
 
-ANSWER_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "reason": {"type": "string"},
-        "verdict": {"type": "string", "enum": list(_SCORES)},
-    },
-    "required": ["reason", "verdict"],
-    "additionalProperties": False,
-}
+
+class Answer(Value):
+    """What a judge says: first why, then which."""
+
+    reason: str
+    verdict: Literal["A", "B", "tie"]
+
 
 SYSTEM = """You compare two answers to the same request and say which one serves the person \
 better. Weigh, in this order: whether it is correct and safe; whether it does everything that was \
@@ -69,12 +67,11 @@ Answer B:
 {b}
 </answer_b{tail}>
 {criterion}
-Reply with one JSON object and nothing else: {"reason": "<one to three sentences>", "verdict": \
-"A" | "B" | "tie"}. Say "tie" only if neither is better."""
+Give your reason in one to three sentences and then your verdict: "A", "B", or "tie" only if \
+neither is better."""
 
 _TAGS = ("conversation", "answer_a", "answer_b")
 _MARKS = ("<", "</")
-_FENCE = "```"
 
 
 class Judge(RowStep[Candidates | Judged | Pair, Judged]):
@@ -103,7 +100,7 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
         ]
         if not orders:
             raise Rejected("one_text", f"{len(responses)} responses, all the same text")
-        found = await asyncio.gather(*(self._verdict(judged, order, kit) for order in orders))
+        found = await kit.settle(self._verdict(judged, order, kit) for order in orders)
         verdicts = [one for one in found if isinstance(one, Verdict)]
         errors = [one for one in found if isinstance(one, RowError)]
         need = len(orders) if self.need is None else min(self.need, len(orders))
@@ -145,13 +142,10 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
         }
         return sorted(couples)
 
-    async def _verdict(self, row: Judged, order: tuple[int, int], kit: Kit) -> Verdict | RowError:
-        try:
-            ask = self.ask(row.prompt, row.responses[order[0]], row.responses[order[1]])
-            reply = await kit.ask_whole(self.judge, ask)
-            return read(reply, kit.identity(self.judge), order, self.template_id())
-        except RowError as error:
-            return error
+    async def _verdict(self, row: Judged, order: tuple[int, int], kit: Kit) -> Verdict:
+        ask = self.ask(row.prompt, row.responses[order[0]], row.responses[order[1]])
+        answer, reply = await kit.ask_for(self.judge, ask, Answer)
+        return read(answer, reply, kit.identity(self.judge), order, self.template_id())
 
     def ask(self, prompt: Messages, first: Response, second: Response) -> Ask:
         """The request that shows `first` as A and `second` as B."""
@@ -172,7 +166,7 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
             criterion=f"\nWhat counts above all: {self.criterion}\n" if self.criterion else "",
         )
         messages = (Message(role="system", content=SYSTEM), Message(role="user", content=content))
-        return Ask(messages=messages, sampling=self.sampling, answer_schema=ANSWER_SCHEMA)
+        return Ask(messages=messages, sampling=self.sampling)
 
     def template_id(self) -> str:
         """Names the wording, so that verdicts of different wordings are told apart."""
@@ -196,44 +190,21 @@ def as_judged(row: Candidates | Pair) -> Judged:
     )
 
 
-def read(reply: Reply, judge: str, order: tuple[int, int], template: str) -> Verdict:
-    """The verdict in a reply. Raises Unparsable unless it is one JSON object with one verdict."""
-    text = reply.text.strip()
-    if text.startswith(_FENCE) and text.endswith(_FENCE):
-        text = text.strip("`").removeprefix("json")
-    try:
-        data = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise Unparsable("not_json", f"the verdict of {judge} is not JSON", reply.text) from error
-    if not isinstance(data, dict) or not isinstance(data.get("verdict"), str):
-        raise Unparsable("no_verdict", f"{judge} gave no verdict", reply.text)
-    if data["verdict"] not in _SCORES:
-        given = data["verdict"][:40]
-        raise Unparsable("no_verdict", f"{judge} said {given!r}, not A, B or tie", reply.text)
+def read(
+    answer: Answer, reply: Reply, judge: str, order: tuple[int, int], template: str
+) -> Verdict:
+    """The verdict that an answer gives on the responses in the order that they were shown."""
     return Verdict(
         judge=judge,
         template=template,
         form="pairwise",
         shown=order,
-        scores=_SCORES[data["verdict"]],
-        reason=_well_formed(data.get("reason")),
+        scores=_SCORES[answer.verdict],
+        reason=answer.reason,
         raw=reply.text,
         input_tokens=reply.input_tokens,
         output_tokens=reply.output_tokens,
     )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that gives a key two values says nothing certain: ValueError."""
-    found = dict(pairs)
-    if any(found[name] != value for name, value in pairs):
-        raise ValueError("a key has two values")
-    return found
-
-
-def _well_formed(reason: object) -> str:
-    """A reason that a table can hold: half a surrogate pair, which JSON can spell, becomes `?`."""
-    return reason.encode(errors="replace").decode() if isinstance(reason, str) else ""
 
 
 def _too_few(

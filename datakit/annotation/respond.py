@@ -8,14 +8,14 @@ Drops: `too_few_answers` where fewer than `need` answers arrived (refused, empty
     did arrive is in the rejects.
 """
 
-import asyncio
 from collections.abc import Sequence
 
 from pydantic import Field
 
 from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
 from datakit.kit import Kit
-from datakit.models.chat import Ask, Reply, Sampling
+from datakit.models.chat import Ask, Reply
+from datakit.models.specs import Sampling
 from datakit.records import Candidates, Failure, Message, Prompt, Response
 from datakit.step import ChatRole, RowStep
 from datakit.text import canonical_json
@@ -37,8 +37,8 @@ class Respond(RowStep[Prompt, Candidates]):
     async def each(self, row: Prompt, kit: Kit) -> Sequence[Candidates]:
         slots = [(role, draw) for role in self.models for draw in range(self.samples)]
         asks = [self.ask(row, draw) for _, draw in slots]
-        replies = await asyncio.gather(
-            *(_answer(kit, role, ask) for (role, _), ask in zip(slots, asks, strict=True))
+        replies = await kit.settle(
+            kit.ask(role, ask) for (role, _), ask in zip(slots, asks, strict=True)
         )
         responses: list[Response] = []
         failures: list[Failure] = []
@@ -90,14 +90,6 @@ def read(reply: Reply, model: str, sampling: str) -> Response:
         reasoning=reply.reasoning,
         text=reply.text,
     )
-
-
-async def _answer(kit: Kit, role: str, ask: Ask) -> Reply | RowError:
-    """A reply, or the row's own error: one model that fails does not cancel the others."""
-    try:
-        return await kit.ask(role, ask)
-    except RowError as error:
-        return error
 
 
 def _too_few(

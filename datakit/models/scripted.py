@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from datakit.errors import InputError
-from datakit.models.chat import Ask, Reply, ScriptedSpec, wire_request
+from datakit.models.chat import Reply, Request
+from datakit.models.specs import ScriptedSpec
 from datakit.text import digest
 
 _TEXT = (
@@ -32,24 +33,21 @@ class Scripted:
 
     def __init__(self, spec: ScriptedSpec) -> None:
         self.identity = spec.resolved_identity()
-        self._spec = spec
         self._script: Script | None = None if spec.script == "default" else _find(spec.script)
 
-    async def answer(self, ask: Ask) -> Reply:
-        request = wire_request(self._spec, ask)
+    async def answer(self, request: Request) -> Reply:
+        body = request.body
         if self._script is not None:
-            text = self._script(request, ask.draw)
-        elif ask.answer_schema is not None:
-            text = json.dumps(
-                _smallest(ask.answer_schema, _preferred_label(request), ask.answer_schema)
-            )
+            text = self._script(body, request.draw)
+        elif request.answer_schema is not None:
+            schema = request.answer_schema
+            text = json.dumps(_smallest(schema, _preferred_label(body), schema))
         else:
-            text = _some_text(digest([self.identity, request, ask.draw]))
-        words = len(json.dumps(request).split())
+            text = _some_text(digest([self.identity, body, request.draw]))
         return Reply(
             text=text,
             finish_reason="stop",
-            input_tokens=words,
+            input_tokens=len(request.text.split()),
             output_tokens=len(text.split()),
         )
 

@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from datakit.models.chat import Ask, Reply
+from datakit.models.chat import Reply, Request
 from datakit.models.ledger import Ledger
 from datakit.pipeline import run
 from datakit.recipe import Recipe, load_recipe
@@ -37,14 +37,15 @@ class Table:
         self._answers = {(row["prompt"], row["model"], row["order"]): row["text"] for row in rows}
         self._role = role
 
-    async def answer(self, ask: Ask) -> Reply:
+    async def answer(self, request: Request) -> Reply:
         """The recorded answer; KeyError where the table holds none."""
-        asked = ask.messages[-1].content
+        turns = request.body["messages"]
+        asked = turns[-1]["content"]
         if self._role != "judge":
             text = self._answers[self._prompts[asked], self._role, ""]
         else:
             text = self._judgement(asked)
-        words = sum(len(turn.content.split()) for turn in ask.messages)
+        words = sum(len(turn["content"].split()) for turn in turns)
         return Reply(
             text=text,
             finish_reason="stop",

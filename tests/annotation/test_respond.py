@@ -9,8 +9,9 @@ from steps_kit import each, prompt, scripted, served
 
 from datakit.annotation.respond import Respond, read
 from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
-from datakit.models.chat import OpenAISpec, Reply, Sampling, wire_request
+from datakit.models.chat import Reply, wire_request
 from datakit.models.ledger import Entry, Ledger
+from datakit.models.specs import OpenAISpec, Sampling
 from datakit.records import Message, Prompt
 from datakit.session import Watch
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from datakit.errors import InputError, MissingExtra, OutsideError
-from datakit.models.chat import HashingSpec, ScriptedSpec, SentenceTransformersSpec
 from datakit.models.embed import CachedEmbedder, Hashing, SentenceTransformers, open_embedder
 from datakit.models.identity import folder_identity
+from datakit.models.specs import HashingSpec, ScriptedSpec, SentenceTransformersSpec
 
 
 def lengths(vectors):

@@ -9,18 +9,11 @@ from endpoint import Endpoint
 from toys.answer import Answer
 
 from datakit.errors import EndpointError, InputError, NotRecorded, OutsideError, Unanswered
-from datakit.models.chat import (
-    Ask,
-    HashingSpec,
-    OpenAISpec,
-    Reply,
-    Sampling,
-    ScriptedSpec,
-    wire_request,
-)
+from datakit.models.chat import Ask, Reply, wire_request
 from datakit.models.ledger import Entry, Ledger, Ledgered, Meter, answer_key
 from datakit.models.openai import OpenAIChat
 from datakit.models.scripted import Scripted
+from datakit.models.specs import HashingSpec, OpenAISpec, Sampling, ScriptedSpec
 from datakit.records import Message
 from datakit.session import Session, Settings, Watch, open_chat
 

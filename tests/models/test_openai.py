@@ -10,9 +10,10 @@ from aiohttp import web
 from endpoint import Endpoint
 
 from datakit.errors import Refused, Unanswered
-from datakit.models.chat import Ask, OpenAISpec
+from datakit.models.chat import Ask
 from datakit.models.ledger import Ledger, Ledgered, Meter
 from datakit.models.openai import OpenAIChat
+from datakit.models.specs import OpenAISpec
 from datakit.records import Message
 
 

@@ -11,9 +11,10 @@ from aiohttp import web
 from endpoint import Endpoint
 
 from datakit.errors import EndpointError, InputError, Unanswered
-from datakit.models.chat import Ask, OpenAISpec, Reply, Sampling
+from datakit.models.chat import Ask, Reply
 from datakit.models.ledger import Ledger, Ledgered, Meter
 from datakit.models.openai import OpenAIChat
+from datakit.models.specs import OpenAISpec, Sampling
 from datakit.records import Message, Response
 
 REASONS = {

