@@ -86,7 +86,7 @@ class Endpoint:
         self._reply, self._port = reply, port
         self._tally, self._lanes = Tally(), set[Lane]()
         self._requests, self._tokens = Bucket("requests"), Bucket("tokens")
-        self._batches = Batches(lambda: self.knobs, self._tally, self._outcome, self._complete)
+        self._batches = Batches(lambda: self.knobs, self._tally, self._fate, self._complete)
         self.stats = self._tally.stats
 
     def set(self, **changes: Any) -> None:
@@ -181,8 +181,8 @@ class Endpoint:
                 self._take("tpm", self._tokens, usage["total_tokens"], headers)
             key = body_key(body) if knobs.per_body else ""
             attempt = self._tally.admit(key)
-            outcome = self._outcome(body, raw, key, attempt)
-            await asyncio.sleep(knobs.fate(key, attempt)[1])
+            outcome, delay_s = self._fate(body, raw, key, attempt)
+            await asyncio.sleep(delay_s)
             if outcome == "phang":
                 kind = outcome
                 await asyncio.sleep(HANG_S)
@@ -228,21 +228,21 @@ class Endpoint:
 
         return guarded
 
-    def _outcome(self, body: Json, raw: bytes, key: str, attempt: int) -> str:
-        """How an attempt shall end: `ok`, or the name of the knob that spoils it."""
+    def _fate(self, body: Json, raw: bytes, key: str, attempt: int) -> tuple[str, float]:
+        """How an attempt shall end, `ok` or the name of the knob that spoils it, and its delay."""
         knobs = self.knobs
-        # As it was sent, or as it reads: JSON writes some characters in two ways.
+        outcome, delay_s = knobs.fate(key, attempt)
         matching = knobs.fail_matching
+        # As it was sent, or as it reads: JSON writes some characters in two ways.
         if matching and matching in "\n".join([raw.decode(), *texts_of(body)]):
-            return "fail_matching"
-        if knobs.models and body.get("model") not in knobs.models:
-            return "models"
-        if attempt <= knobs.fail_first:
-            return "fail_first"
-        drawn = knobs.fate(key, attempt)[0]
-        if drawn == "pinvalid" and (schema_asked(body) is None or repairs(body)):
-            return "ok"
-        return drawn
+            outcome = "fail_matching"
+        elif knobs.models and body.get("model") not in knobs.models:
+            outcome = "models"
+        elif attempt <= knobs.fail_first:
+            outcome = "fail_first"
+        elif outcome == "pinvalid" and (schema_asked(body) is None or repairs(body)):
+            outcome = "ok"
+        return outcome, delay_s
 
     def _complete(self, body: Json, path: str, outcome: str) -> Json:
         """The completion that `outcome` calls for, or a Refusal."""

@@ -62,12 +62,13 @@ def repairs(body: Json) -> bool:
     return any(turn.get("role") == "assistant" for turn in body.get("messages") or [])
 
 
-def verdict(text: str, asks: str) -> Json | None:
+def verdict(text: str, form: Json | None) -> Json | None:
     """The verdict of a judge who prefers the same text in both orders; None: none is asked."""
     if "<answer_" not in text:
         return None
     blocks = {label.upper(): block.strip() for _, label, block in BLOCK.findall(text)}
-    if len(blocks) < 2 or "json" not in asks.lower() or "verdict" not in asks.lower():
+    asks = f"{text}{json.dumps(form)}".lower()
+    if len(blocks) < 2 or "json" not in asks or "verdict" not in asks:
         return None
     best = max("AB", key=lambda k: sha256(blocks[k].encode(errors="surrogatepass")).digest())
     return {"reason": f"The text of {best} has the larger hash.", "verdict": best}
@@ -76,7 +77,7 @@ def verdict(text: str, asks: str) -> Json | None:
 def default_text(body: Json, text: str, seed: str) -> str:
     """A verdict where one is asked, else JSON that fits the schema if there is one, else words."""
     schema = schema_asked(body)
-    judged = verdict(text, text + json.dumps(body.get("response_format")))
+    judged = verdict(text, body.get("response_format"))
     if not schema:
         return json.dumps(judged) if judged else sentences(seed)
     value = fitting(schema, seed)

@@ -23,7 +23,7 @@ SLICE = 100  # lines of a batch answered before others have their turn
 EXPIRED = "This request could not be executed before the completion window expired."
 
 Complete = Callable[[Json, str, str], Json]  # body, path, outcome: the answer, or a Refusal
-Outcome = Callable[[Json, bytes, str, int], str]  # body, as sent, key, attempt
+Fate = Callable[[Json, bytes, str, int], tuple[str, float]]  # body, as sent, key, attempt
 
 
 @dataclass
@@ -109,10 +109,10 @@ class Batches:
     """The store, and the routes to it below /v1."""
 
     def __init__(
-        self, knobs: Callable[[], Knobs], tally: Tally, outcome: Outcome, complete: Complete
+        self, knobs: Callable[[], Knobs], tally: Tally, fate: Fate, complete: Complete
     ) -> None:
         self._knobs, self._tally = knobs, tally
-        self._outcome, self._complete = outcome, complete
+        self._fate, self._complete = fate, complete
         self._files, self._batches = dict[str, File](), dict[str, Batch]()
         self._numbers = count(1)
         self.routes: list[tuple[str, str, Any]] = [
@@ -237,7 +237,7 @@ class Batches:
             return "error"
         reply: Any = None
         try:
-            kind = self._outcome(body, sent, key, attempt)
+            kind, _ = self._fate(body, sent, key, attempt)
             reply, status = self._complete(body, request["url"], kind), 200
         except Refusal as refusal:
             kind, reply, status = refusal.kind, refusal.body, refusal.status

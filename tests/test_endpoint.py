@@ -349,10 +349,8 @@ def test_a_fault_in_a_batch_is_a_line_of_its_error_file_and_heals_in_the_next(cl
         assert done.status == "completed"
         assert {line["response"]["status_code"] for line in bad.values()} == {500, 429, 503, 400}
         assert {line["response"]["status_code"] for line in good.values()} == {200}
-        finishes = [
-            line["response"]["body"]["choices"][0]["finish_reason"] for line in good.values()
-        ]
-        assert set(finishes) == {"stop", "length"}
+        choices = [line["response"]["body"]["choices"][0] for line in good.values()]
+        assert {choice["finish_reason"] for choice in choices} == {"stop", "length"}
         errors = endpoint.stats()["batch_errors"]
         assert len(good) + len(bad) == 60 - errors["pcut"]
         assert (done.request_counts.completed, done.request_counts.total) == (len(good), 60)
@@ -410,6 +408,7 @@ GOOD = lines_of(chat(), chat("again"))
         (GOOD + b"{half\n", "invalid_json_line", 3),
         (GOOD + GOOD, "duplicate_custom_id", 3),
         (GOOD + lines_of(chat() | {"model": "other"}), "model_not_found", 3),
+        (GOOD + lines_of(chat() | {"model": "more"}), "mismatched_model", 3),
         (GOOD + b'{"custom_id": "x"}\n', "missing_required_parameter", 3),
         (lines_of(chat(), url="/v1/elsewhere"), "invalid_url", 1),
         (lines_of(*map(chat, "abcdef")), "too_many_tasks", None),
@@ -417,7 +416,7 @@ GOOD = lines_of(chat(), chat("again"))
     ],
 )
 def test_a_file_that_is_wrong_fails_its_batch(client, data, code, line):
-    with Endpoint(models=("any",), batch_limit=5) as endpoint:
+    with Endpoint(models=("any", "more"), batch_limit=5) as endpoint:
         connected = client(endpoint)
         made = submitted(connected, data)
         done = connected.batches.retrieve(made.id)
