@@ -4,25 +4,32 @@ Exit codes: 0 done, 1 the data failed a gate, 2 wrong input, 3 stopped and resum
 world failed, 70 a bug.
 """
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from datakit import __version__
+from datakit.cli_ledger import ledger_app
+from datakit.cli_options import (
+    Json_,
+    MaxTokens_,
+    MaxUsd_,
+    Outputs_,
+    Recipe_,
+    Set_,
+    State_,
+    loaded,
+    stoppable,
+)
 from datakit.errors import DatakitError, InputError, OutsideError, Stopped
 from datakit.text import plain, shorten
-
-if TYPE_CHECKING:
-    from datakit.recipe import Recipe
 
 app = typer.Typer(
     name="datakit",
@@ -31,20 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-ledger_app = typer.Typer(help="The answers that were paid for.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
-
-Recipe_ = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A file, or a shipped recipe's name.")
-]
-Set_ = Annotated[
-    list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a value of the recipe.")
-]
-Outputs_ = Annotated[Path, typer.Option("--outputs", help="Where parts and versions go.")]
-State_ = Annotated[
-    Path | None, typer.Option("--state", help="Where the ledger and the vectors lie.")
-]
-Json_ = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 
 def _version(value: bool) -> None:
@@ -70,25 +64,6 @@ class _Debug:
     on = False
 
 
-def _loaded(recipe: str, overrides: Sequence[str]) -> "Recipe":
-    """The checked recipe, after saying what may surprise in it."""
-    from datakit.recipe import load_recipe, notes
-
-    loaded = load_recipe(recipe, overrides)
-    for note in notes(loaded):
-        print(f"note: {plain(note)}", file=sys.stderr)
-    return loaded
-
-
-@contextlib.contextmanager
-def _stoppable() -> Generator[None]:
-    """Make a signal an error of ours, before the parser of the command line takes it."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Stopped(str(stop) or "stopped by SIGINT") from stop
-
-
 @app.command()
 def run(
     recipe: Recipe_,
@@ -103,22 +78,34 @@ def run(
     state: State_ = None,
     offline: Annotated[bool, typer.Option("--offline", help="Send nothing; only replay.")] = False,
     lanes: Annotated[int, typer.Option(min=1, help="Cut row steps into so many works.")] = 1,
+    max_usd: MaxUsd_ = None,
+    max_tokens: MaxTokens_ = None,
+    finish_partial: Annotated[
+        bool,
+        typer.Option(
+            "--finish-partial",
+            help="Send nothing; make a pre-release of the rows that are complete.",
+        ),
+    ] = False,
     as_json: Json_ = False,
 ) -> None:
     """Run a recipe to a version."""
     from datakit.pipeline import run as run_recipe
     from datakit.progress import Progress
 
-    loaded = _loaded(recipe, overrides)
-    with _stoppable(), Progress() as watch:
+    checked = loaded(recipe, overrides)
+    with stoppable(), Progress() as watch:
         version = run_recipe(
-            loaded,
+            checked,
             limit=limit,
             outputs=outputs,
             state=state,
             offline=offline,
             lanes=lanes,
             watch=watch,
+            max_usd=max_usd,
+            max_tokens=max_tokens,
+            finish_partial=finish_partial,
         )
     if as_json:
         found = version.manifest.model_dump(mode="json")
@@ -132,12 +119,12 @@ def run(
 @app.command()
 def check(recipe: Recipe_, overrides: Set_ = []) -> None:  # noqa: B006
     """Find every mistake in a recipe without running it."""
-    loaded = _loaded(recipe, overrides)
+    checked = loaded(recipe, overrides)
     line = " -> ".join(
         f"{placed.alias} ({kind.__name__})"
-        for placed, kind in zip(loaded.steps, loaded.kinds(), strict=True)
+        for placed, kind in zip(checked.steps, checked.kinds(), strict=True)
     )
-    print(f"{loaded.name}: {len(loaded.steps)} steps\n{line}")
+    print(f"{checked.name}: {len(checked.steps)} steps\n{line}")
 
 
 @app.command()
@@ -149,8 +136,34 @@ def rehearse(
     """Run the whole recipe on a few rows with scripted models: no cost, nothing kept."""
     from datakit.show import show_rehearsal
 
-    with _stoppable():
+    with stoppable():
         show_rehearsal(recipe, rows, overrides)
+
+
+@app.command()
+def plan(
+    recipe: Recipe_,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, help="Send so many source rows first, and measure; they are kept."),
+    ] = None,
+    max_usd: MaxUsd_ = None,
+    overrides: Set_ = [],  # noqa: B006
+    outputs: Outputs_ = Path("outputs"),
+    state: State_ = None,
+    as_json: Json_ = False,
+) -> None:
+    """Say what a run will ask, and what that costs, without sending anything."""
+    from datakit.plan import plan_of
+    from datakit.show import show_plan
+
+    checked = loaded(recipe, overrides)
+    with stoppable():
+        found = plan_of(checked, outputs, state, sample, max_usd)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        show_plan(found)
 
 
 @app.command()
@@ -205,52 +218,6 @@ def doctor(
         return
     for line in diagnose(state):
         print(line)
-
-
-@ledger_app.command("export")
-def ledger_export(
-    file: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
-    model: Annotated[str | None, typer.Option(help="Only this model's answers.")] = None,
-    state: State_ = None,
-) -> None:
-    """Write answers to a file."""
-    from datakit.models.identity import default_state
-    from datakit.models.ledger import Ledger
-
-    with Ledger.opened(state or default_state()) as book:
-        print(f"{book.export(file, model):,} answers written to {file}")
-
-
-@ledger_app.command("import")
-def ledger_import(
-    file: Annotated[Path, typer.Argument(help="The JSONL file to read.")], state: State_ = None
-) -> None:
-    """Read answers from a file, all or none."""
-    from datakit.models.identity import default_state
-    from datakit.models.ledger import Ledger
-
-    with _stoppable(), Ledger.opened(state or default_state()) as book:
-        count, fresh = book.load(file)
-    print(f"{count:,} answers read, {fresh:,} of them new")
-
-
-@ledger_app.command("stats")
-def ledger_stats(state: State_ = None, as_json: Json_ = False) -> None:
-    """Count answers and tokens by model."""
-    from datakit.models.identity import default_state
-    from datakit.models.ledger import Ledger
-
-    with Ledger.opened(state or default_state()) as book:
-        stats, path = book.stats(), book.path
-    if as_json:
-        print(json.dumps({"path": str(path), "models": stats}))
-        return
-    print(path)
-    for row in stats:
-        print(
-            f"{plain(row['model'])}: {row['answers']:,} answers, "
-            f"{row['input_tokens']:,} tokens in, {row['output_tokens']:,} out"
-        )
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -50,14 +50,19 @@ Markers = list[list[Done]]
 Spread = Callable[[Sequence[Work]], Sequence[Markers]]
 
 
-def execute(recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1) -> Markers:
-    """Run every step; returns the markers of each. Raises whatever stopped the run."""
+def execute(
+    recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1, through: bool = False
+) -> Markers:
+    """Run every step; returns the markers of each. Raises whatever stopped the run.
+
+    through: do one pass, and return what there is where rows are pending after it.
+    """
     markers: Markers = []
     kinds = recipe.kinds()
     store = Store(settings.outputs)
-    stages = list(_stages(recipe.steps))
-    for number, (first, stage) in enumerate(stages):
-        following = stages[number + 1][1] if number + 1 < len(stages) else ()
+    line = list(stages(recipe.steps))
+    for number, (first, stage) in enumerate(line):
+        following = line[number + 1][1] if number + 1 < len(line) else ()
         inputs = [chunk for done in markers[-1] for chunk in done.chunks] if markers else []
         runs = _lanes(inputs, lanes if _is_row_local(stage[0]) else 1)
         works = [
@@ -72,7 +77,12 @@ def execute(recipe: Recipe, settings: Settings, spread: Spread, lanes: int = 1) 
             )
             for lane, run in enumerate(runs)
         ]
-        results = _finished(works, spread)
+        results = spread(works) if through else _finished(works, spread)
+        if _pending(results):
+            return markers + [
+                [done for result in results for done in result[position]]
+                for position in range(len(stage))
+            ]
         for position, placed in enumerate(stage):
             dones = [done for result in results for done in result[position]]
             _conserved(store, placed, markers[-1] if markers else None, dones)
@@ -96,13 +106,18 @@ def _finished(works: Sequence[Work], spread: Spread) -> Sequence[Markers]:
         with between.passes(reasons) as served:
             changed = {"settings": settings.model_copy(update={"served": served})}
             results = spread([work.model_copy(update=changed) for work in works])
-        dones = (done for markers in results for step in markers for done in step)
-        reasons = {reason for done in dones if done.status == "pending" for reason in done.reasons}
+        reasons = _pending(results)
         if not reasons:
             return results
 
 
-def _stages(steps: Sequence[PlacedStep]) -> Iterator[tuple[int, tuple[PlacedStep, ...]]]:
+def _pending(results: Sequence[Markers]) -> set[str]:
+    """Why parts are pending, where any are."""
+    dones = (done for markers in results for step in markers for done in step)
+    return {reason for done in dones if done.status == "pending" for reason in done.reasons}
+
+
+def stages(steps: Sequence[PlacedStep]) -> Iterator[tuple[int, tuple[PlacedStep, ...]]]:
     """(number of the first step, steps) of each stage."""
     start = 0
     while start < len(steps):

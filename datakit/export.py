@@ -9,13 +9,16 @@ notes of another library, so that old readers and the Hub's viewer take them.
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from datakit.records import Pair, Record, from_frame
+from datakit.values import small
 from datakit.versions import PublishedFile, flatten
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 ROW_GROUP = 10_000
 
@@ -55,9 +58,11 @@ class ConfigWriter:
 
     def write(self, frame: pl.DataFrame) -> None:
         """Rows in order; each goes to the file of its column `split`."""
+        import pyarrow.parquet as pq
+
         self._hashes.append(row_hashes(frame))
         for (split,), part in frame.group_by("split", maintain_order=True):
-            table = _plain(part.to_arrow())
+            table = small(part.to_arrow())
             name = str(split)
             if name not in self._writers:
                 path = self._folder / self._config / f"{name}-00000-of-00001.parquet"
@@ -83,6 +88,19 @@ class ConfigWriter:
         return files, pl.concat([none, *self._hashes])
 
 
+def write_frames(path: Path, frames: Iterable[pl.DataFrame]) -> None:
+    """Write frames of one schema, at least one of them, into one file as they come."""
+    import pyarrow.parquet as pq
+
+    writer: pq.ParquetWriter | None = None
+    for frame in frames:
+        table = small(frame.to_arrow())
+        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+
+
 def described(folder: Path, name: str, config: str, split: str, rows: int) -> PublishedFile:
     """The manifest's line for a file that is written."""
     path = folder / name
@@ -101,18 +119,3 @@ def dataset_digest(hashes: Iterable[tuple[str, pl.DataFrame]]) -> str:
         for row_id, row_hash in frame.sort("id", "hash").iter_rows():
             whole.update(f"{row_id} {row_hash}\n".encode())
     return whole.hexdigest()
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    """Without the `large_` types, which not every reader knows."""
-    return table.cast(pa.schema([(field.name, _small(field.type)) for field in table.schema]))
-
-
-def _small(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_large_list(kind) or pa.types.is_list(kind):
-        return pa.list_(_small(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _small(field.type)) for field in kind.fields])
-    return kind

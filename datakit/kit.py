@@ -12,7 +12,10 @@ from datakit.models.answers import A, read_answer, repair, schema_of
 from datakit.models.chat import Ask, Reply
 from datakit.models.embed import Embedder, Vectors
 from datakit.models.ledgered import Ledgered
+from datakit.models.likelihood import Likelihood, ask_likelihood, read_likelihood
 from datakit.models.specs import ChatSpec, Spec
+from datakit.records import Messages
+from datakit.templates import BUILT_IN, render_split, template_of
 from datakit.text import canonical_json, digest
 
 T = TypeVar("T")
@@ -89,6 +92,30 @@ class Kit:
             again = repair(asked, reply.text, error)
         reply = await self.ask_whole(role, again)
         return read_answer(reply.text, answer), reply
+
+    async def score(
+        self, role: str, prompt: Messages, completion: Messages, template: str | None = None
+    ) -> Likelihood:
+        """How likely the model finds the turns of `completion` after those of `prompt`.
+
+        template: a built-in chat template, a `.jinja` file or a model folder that makes text of
+        them; by default the model's own. A server that cannot generate 0 tokens is asked for the
+        max_tokens of the role's extra_body. Raises InputError, and RowErrors, as `template_of`,
+        `render_split`, `ask_likelihood` and `read_likelihood` do.
+        """
+        spec = self._specs[role]
+        assert isinstance(spec, ChatSpec)
+        named = template if template is None or template in BUILT_IN else self.path(template)
+        found = template_of(spec, named)
+        before, after = render_split(prompt, completion, found)
+        given = spec.extra_body.get("max_tokens")
+        ask = ask_likelihood(
+            before,
+            after,
+            max_tokens=given if isinstance(given, int) else 0,
+            add_special_tokens=False if found.is_whole else None,
+        )
+        return read_likelihood(await self.ask(role, ask), before, after)
 
     async def settle(self, jobs: Iterable[Awaitable[T]]) -> list[T | RowError]:
         """The result of every job, or the row's own error in its place; waits for all of them.

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 from anyio.from_thread import start_blocking_portal
 
 from datakit.errors import Stopped
-from datakit.models.batch import Queue
+from datakit.models.batch import Queue, settle
 from datakit.models.budget import said_of, scopes
 from datakit.models.ledger import Ledger
 from datakit.models.specs import OpenAISpec, VLLMSpec
@@ -58,10 +58,24 @@ class Between:
 
     def _collect(self) -> None:
         """Send what is queued and wait for it."""
-        for spec in self._specs.values():
-            if isinstance(spec, OpenAISpec) and spec.mode == "batch":
-                with Ledger.opened(self._settings.state) as ledger:
-                    Queue(spec, ledger).settle()
+        settings = self._settings
+        specs = {
+            spec.resolved_identity(): spec
+            for spec in self._specs.values()
+            if isinstance(spec, OpenAISpec) and spec.mode == "batch" and spec.urls
+        }
+        with Ledger.opened(settings.state) as ledger:
+            queues = [
+                Queue(
+                    spec,
+                    ledger,
+                    recipe=settings.recipe,
+                    run=settings.run,
+                    budget=settings.budget,
+                )
+                for spec in specs.values()
+            ]
+            settle(queues)
 
     def _stop(self) -> None:
         settings = self._settings

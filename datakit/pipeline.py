@@ -50,30 +50,59 @@ def run(
     """
     watch = watch or Watch()
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    settings = Settings(
-        outputs=Path(outputs).resolve(),
-        state=Path(state).resolve() if state else default_state(),
-        base=loaded.base,
-        seed=loaded.seed,
-        rows_per_part=loaded.rows_per_part,
+    settings = settings_of(
+        loaded,
+        outputs,
+        state,
         limit=limit,
         offline=offline,
-        models=loaded.models,
+        max_usd=max_usd,
+        max_tokens=max_tokens,
         finish_partial=finish_partial,
-        recipe=loaded.name,
-        run=uuid.uuid4().hex[:12],
-        budget=_budget(loaded, max_usd, max_tokens),
     )
-    settings = settings.model_copy(update={"private": _checked_outside(loaded, settings)})
-    read_recorded(loaded, settings)
-
-    def here(works: Sequence[Any]) -> list[Any]:
-        return [perform(work, watch, models) for work in works]
-
-    markers = execute(loaded, settings, spread or here, lanes)
+    markers = execute(loaded, settings, spread or here(watch, models), lanes)
     version, is_new = release(loaded, settings, markers)
     watch.released(version, is_new)
     return version
+
+
+def here(watch: Watch, models: Mapping[str, ChatModel] | None = None) -> Spread:
+    """Do works in this process, one after another."""
+    return lambda works: [perform(work, watch, models) for work in works]
+
+
+def settings_of(
+    recipe: Recipe,
+    outputs: str | Path,
+    state: str | Path | None,
+    *,
+    limit: int | None = None,
+    offline: bool = False,
+    max_usd: float | None = None,
+    max_tokens: int | None = None,
+    finish_partial: bool = False,
+) -> Settings:
+    """The settings of a run, after everything that only the world outside the recipe can tell.
+
+    Recorded answers are read in. Raises RecipeError or InputError; nothing is spent.
+    """
+    settings = Settings(
+        outputs=Path(outputs).resolve(),
+        state=Path(state).resolve() if state else default_state(),
+        base=recipe.base,
+        seed=recipe.seed,
+        rows_per_part=recipe.rows_per_part,
+        limit=limit,
+        offline=offline,
+        finish_partial=finish_partial,
+        recipe=recipe.name,
+        run=uuid.uuid4().hex[:12],
+        budget=_budget(recipe, max_usd, max_tokens),
+        models=recipe.models,
+    )
+    settings = settings.model_copy(update={"private": _checked_outside(recipe, settings)})
+    read_recorded(recipe, settings)
+    return settings
 
 
 def _budget(recipe: Recipe, max_usd: float | None, max_tokens: int | None) -> Budget | None:
@@ -124,17 +153,22 @@ def read_recorded(recipe: Recipe, settings: Settings) -> None:
         ledger.load(path)
 
 
-def rehearsal(recipe: Recipe) -> Recipe:
-    """The recipe with every chat model scripted and every embedder hashing: no cost, no wait."""
+def rehearsal(recipe: Recipe, words: int | None = None) -> Recipe:
+    """The recipe with every chat model scripted and every embedder hashing: no cost, no wait.
+
+    words: how long a scripted answer is, about.
+    """
     models: dict[str, Spec] = {}
     for role, spec in recipe.models.items():
         if isinstance(spec, EmbedSpec):
             models[role] = HashingSpec(kind="hashing")
-        elif isinstance(spec, ScriptedSpec):
+        elif isinstance(spec, ScriptedSpec) and words is None:
             models[role] = spec
         else:
             assert isinstance(spec, ChatSpec)
             models[role] = ScriptedSpec(
-                kind="scripted", model=f"scripted-{role}", sampling=spec.sampling
+                kind="scripted", model=f"scripted-{role}", sampling=spec.sampling, words=words
             )
-    return recipe.model_copy(update={"models": models, "recorded": None, "gate": {}})
+    return recipe.model_copy(
+        update={"models": models, "recorded": None, "gate": {}, "budget": None}
+    )

@@ -9,22 +9,38 @@ number, and for a derived row its parents, the step's alias and the slot. `id` i
 kind, origin and content, so two equal rows are two rows and a row keeps its id from run to run.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from functools import cache
+from itertools import chain
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import polars as pl
 from pydantic import model_validator
 
 from datakit.text import digest
-from datakit.values import Labels, Measures, Number, Value, polars_type
+from datakit.values import (
+    Labels,
+    Measures,
+    Number,
+    Value,
+    no_names,
+    polars_type,
+    small,
+    table_of_lines,
+)
 
 SCHEMA_VERSION = 1
 """Raised when a kind's columns change their meaning; enters every part key."""
 
 ID_BYTES = 12
 
-V = TypeVar("V")
+BATCH = 1_000
+"""Rows that are plain data at a time between tables and records, so that memory stays flat."""
+
+_BATCH_CHARACTERS = 64_000_000
+"""One text for pyarrow to read holds less than 2 GB."""
+
 R = TypeVar("R", bound="Record")
 
 
@@ -60,7 +76,7 @@ class Response(Generation):
     """One answer of one model, with its own measures."""
 
     text: str
-    measures: Measures = {}
+    measures: Measures = no_names()
 
 
 class Feedback(Value):
@@ -117,8 +133,8 @@ class Record(Value):
     split: str = ""
     generator: str = ""
     references: tuple[str, ...] = ()
-    labels: Labels = {}
-    measures: Measures = {}
+    labels: Labels = no_names()
+    measures: Measures = no_names()
     signed: tuple[str, ...] = ()
     extra: str = ""
     failures: tuple[Failure, ...] = ()
@@ -128,7 +144,7 @@ class Record(Value):
 
     def body(self) -> dict[str, Any]:
         """The kind's own fields as JSON data: what the row says."""
-        return self.model_dump(mode="json", include=set(self.own))
+        return {name: _plain(getattr(self, name)) for name in self.own}
 
     @property
     def content(self) -> str:
@@ -137,8 +153,11 @@ class Record(Value):
 
     def identified(self, origin: str) -> Self:
         """This row with `origin` and the id that follows from it."""
-        row_id = digest([type(self).__name__, origin, self.content], ID_BYTES)
-        return self.model_copy(update={"origin": origin, "id": row_id})
+        return self.model_copy(update={"origin": origin, "id": self.id_at(origin, self.content)})
+
+    def id_at(self, origin: str, content: str) -> str:
+        """The id that this row has at `origin`; `content` is its own."""
+        return digest([type(self).__name__, origin, content], ID_BYTES)
 
     def derived(self, parents: Sequence["Record"], alias: str, slot: int) -> Self:
         """This row as output number `slot` of step `alias` over `parents`.
@@ -147,22 +166,29 @@ class Record(Value):
         references are merged, the step's own winning.
         """
         first = parents[0]
-        carried = {
-            name: getattr(first, name)
-            for name in ("source", "license", "split", "generator", "extra")
-            if not getattr(self, name)
-        }
-        ids = tuple(parent.id for parent in parents)
-        update = carried | {
+        ids = tuple([parent.id for parent in parents])
+        origin = digest([ids, alias, slot], ID_BYTES)
+        labels: dict[str, str] = {}
+        measures: dict[str, float] = {}
+        for row in (*parents, self):
+            labels |= row.labels
+            measures |= row.measures
+        update: dict[str, Any] = {
+            "origin": origin,
+            # Nothing that is carried is part of what the row says: its content stands.
+            "id": self.id_at(origin, self.content),
             "parents": ids,
-            "roots": tuple(dict.fromkeys(root for parent in parents for root in parent.roots)),
+            "roots": _joined([parent.roots for parent in parents]),
             "references": self.references or first.references,
-            "labels": _merge(*(parent.labels for parent in parents), self.labels),
-            "measures": _merge(*(parent.measures for parent in parents), self.measures),
-            "signed": tuple(dict.fromkeys(name for row in (*parents, self) for name in row.signed)),
+            "labels": labels,
+            "measures": measures,
+            "signed": _joined([row.signed for row in (*parents, self)]),
             "failures": first.failures + self.failures[_shared(first.failures, self.failures) :],
         }
-        return self.model_copy(update=update).identified(digest([ids, alias, slot], ID_BYTES))
+        for name in ("source", "license", "split", "generator", "extra"):
+            if not getattr(self, name):
+                update[name] = getattr(first, name)
+        return self.model_copy(update=update)
 
     @classmethod
     def table_schema(cls) -> pl.Schema:
@@ -172,13 +198,23 @@ class Record(Value):
         )
 
 
+def _plain(value: Any) -> Any:
+    """A field as JSON data. Turns are most of what rows say, and are quicker told by hand."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in cast("tuple[Any, ...]", value)]
+    if isinstance(value, Message):
+        return {"role": value.role, "content": value.content}
+    return value.model_dump(mode="json") if isinstance(value, Value) else value
+
+
 def _shared(before: Sequence["Failure"], after: Sequence["Failure"]) -> int:
     """How many failures `after` begins with that are those of `before`: all or none."""
     return len(before) if tuple(after[: len(before)]) == tuple(before) else 0
 
 
-def _merge(*maps: Mapping[str, V]) -> dict[str, V]:
-    return {name: value for one in maps for name, value in one.items()}
+def _joined(lists: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The names of all, each once, in order."""
+    return tuple(dict.fromkeys(chain.from_iterable(lists)))
 
 
 def _check_messages(messages: Messages, what: str, last: str) -> None:
@@ -239,7 +275,7 @@ class Candidates(Record):
     def body(self) -> dict[str, Any]:
         """Prompt and response texts; which model wrote them is provenance."""
         texts = [[response.text, response.reasoning] for response in self.responses]
-        return {"prompt": [turn.model_dump() for turn in self.prompt], "responses": texts}
+        return {"prompt": _plain(self.prompt), "responses": texts}
 
     @model_validator(mode="after")
     def _ends_in_user(self) -> Self:
@@ -361,14 +397,36 @@ def _other_side(name: str) -> str:
 
 def to_frame(kind: type[R], rows: Iterable[R]) -> pl.DataFrame:
     """Records as a table of `kind.table_schema()`, in order."""
-    return pl.DataFrame(
-        [row.model_dump(context="frame") for row in rows], schema=kind.table_schema()
-    )
+    # As JSON lines and by way of pyarrow, which takes nested rows several times faster than
+    # polars does. (`pyarrow.array` would do too, but loads all of pandas where it is installed.)
+    tables = [pl.DataFrame(schema=kind.table_schema())]
+    schema = _arrow_schema(kind)
+    lines: list[str] = []
+    size = 0
+    for row in rows:
+        lines.append(row.model_dump_json(context="frame"))
+        size += len(lines[-1])
+        if len(lines) == BATCH or size > _BATCH_CHARACTERS:
+            tables.append(table_of_lines(lines, schema))
+            lines, size = [], 0
+    if lines:
+        tables.append(table_of_lines(lines, schema))
+    return pl.concat(tables)
+
+
+@cache
+def _arrow_schema(kind: type[Record]) -> Any:
+    """The table schema as pyarrow has it; its JSON reader knows no `large_` types."""
+    return small(pl.DataFrame(schema=kind.table_schema()).to_arrow()).schema
 
 
 def from_frame(kind: type[R], frame: pl.DataFrame) -> list[R]:
     """A table of `kind.table_schema()` as records, in order."""
-    return [kind.model_validate(row) for row in frame.iter_rows(named=True)]
+    return [
+        kind.model_validate(row)
+        for batch in frame.to_arrow().to_batches(BATCH)
+        for row in batch.to_pylist()
+    ]
 
 
 def measure(name: str) -> pl.Expr:

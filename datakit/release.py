@@ -8,19 +8,29 @@ import importlib.metadata
 import platform
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import polars as pl
 
 from datakit.diff import Change, compare, next_version
 from datakit.engine import Markers
-from datakit.errors import DatakitError, GateFailed, OutsideError, Rejected
-from datakit.export import ConfigWriter, dataset_digest, described, published, row_hashes
+from datakit.errors import DatakitError, GateFailed, OutsideError
+from datakit.export import (
+    ConfigWriter,
+    dataset_digest,
+    described,
+    published,
+    row_hashes,
+    write_frames,
+)
 from datakit.lineage import (
     REJECTS,
+    Placed,
+    bridging_rejects,
     chunks,
     duplicate_roots,
     funnel,
@@ -29,10 +39,10 @@ from datakit.lineage import (
 )
 from datakit.models.specs import ChatSpec, EmbedSpec
 from datakit.recipe import Bound, Recipe
-from datakit.records import Candidates, Record, from_frame
-from datakit.report.card import render_card
+from datakit.records import Candidates, Judged
 from datakit.report.numbers import gate, report_numbers
-from datakit.report.page import render_page
+from datakit.report.samples import samples
+from datakit.report.tally import Tally
 from datakit.session import Settings
 from datakit.shelf import move, point_to_latest, replace, sweep
 from datakit.splits import ROOTS, Splits, assign_splits
@@ -48,7 +58,6 @@ from datakit.versions import (
     Version,
     dataset_folder,
     find_version,
-    measure_names,
     open_version,
     version_numbers,
 )
@@ -133,14 +142,16 @@ class _Draft:
     def write(self) -> None:
         """Every file but those that hold the number."""
         self.folder.mkdir(parents=True)
-        splits = self._splits(self.markers[-1])
+        kind, dones = self.kinds[-1], self.markers[-1]
+        splits = self._splits(dones)
+        tally = Tally(kind)
+        rows = Placed(self.store, kind, dones, splits.rows)
+        self._config("default", rows, tally.add)
         rated = self._ratings()
-        kind = self.kinds[-1]
-        rows = self._config("default", kind, self.markers[-1], splits)
-        ratings = None
+        judged = None
         if rated is not None:
-            at, rated_kind = rated
-            ratings = self._config("ratings", rated_kind, at, self._splits(at))
+            self._config("ratings", rated, tally.add_judged if _is_judged(rated) else _unseen)
+            judged = rated.find if _is_judged(rated) else None
         self.digest = dataset_digest(self.hashes.items())
         splits.roots.write_parquet(self.folder / "splits.parquet")
         self._write_rejects(splits)
@@ -160,13 +171,8 @@ class _Draft:
                 unanswered=0,
             ),
         )
-        self.report = report_numbers(
-            kind,
-            rows,
-            None if rated is None else rated[1],
-            ratings,
-            self.funnel,
-        )
+        shown = samples(tally, rows.find, judged)
+        self.report = report_numbers(tally, shown, self.funnel)
 
     @cached_property
     def _roots(self) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
@@ -183,59 +189,39 @@ class _Draft:
         rows = self.store.scan(chunks(dones), schema).select("id", "roots").collect()
         return assign_splits(rows, *self._roots, self.recipe.splits, self.recipe.seed)
 
-    def _ratings(self) -> tuple[list[Done], type[Record]] | None:
+    def _ratings(self) -> Placed | None:
         """The last step that gives candidates, where the recipe goes on to something else."""
         for dones, kind in zip(self.markers[-2::-1], self.kinds[-2::-1], strict=True):
             if issubclass(kind, Candidates) and not issubclass(self.kinds[-1], Candidates):
-                return dones, kind
+                return Placed(self.store, kind, dones, self._splits(dones).rows)
         return None
 
-    def _config(
-        self, config: str, kind: type[Record], dones: Sequence[Done], splits: Splits
-    ) -> pl.DataFrame:
-        """Write one config; returns its rows as a record table."""
-        frames = [
-            self.store.read(chunk)
-            .drop("split")
-            .join(splits.rows, on="id", how="inner", maintain_order="left")
-            .select(kind.table_schema().names())
-            for chunk in chunks(dones)
-        ]
-        rows = pl.concat([pl.DataFrame(schema=kind.table_schema()), *frames])
-        names = measure_names(rows), measure_names(rows, "labels")
+    def _config(self, config: str, rows: Placed, seen: Callable[[pl.DataFrame], None]) -> None:
+        """Write one config part by part; `seen` is handed each part."""
+        names = rows.names()
         writer = ConfigWriter(self.folder, config)
-        for frame in frames or [rows]:
-            writer.write(published(kind, frame, *names))
+        for frame in rows.frames():
+            writer.write(published(rows.kind, frame, *names))
+            seen(frame)
         files, self.hashes[config] = writer.close()
         self.files += files
-        self.configs[config] = kind.__name__
-        return rows
+        self.configs[config] = rows.kind.__name__
 
     def _write_rejects(self, splits: Splits) -> None:
-        kind = self.kinds[-1]
-        wanted = splits.bridging["id"].implode()
-        bridging = [
-            self.store.read(chunk).filter(pl.col("id").is_in(wanted))
-            for chunk in (chunks(self.markers[-1]) if splits.bridging.height else ())
-        ]
-        lost = [
-            {
-                "step": "splits",
-                "id": row.id,
-                "kind": Rejected.kind,
-                "reason": "bridges_splits",
-                "detail": "its prompt is near rows of two splits",
-                "record": row.model_dump_json(),
-            }
-            for frame in bridging
-            for row in from_frame(kind, frame)
-        ]
-        frames = [*rejects(self.store, self.markers), pl.DataFrame(lost, schema=REJECTS)]
-        lost_rows = pl.concat([pl.DataFrame(schema=REJECTS), *frames]).with_columns(
-            pl.col(pl.String).fill_null(""), pl.col("transient").fill_null(value=False)
-        )
-        lost_rows.write_parquet(self.folder / "rejects.parquet")
-        self.rejects_digest = digest(lost_rows.select("step", "id", "reason").sort(pl.all()).rows())
+        brief: list[pl.DataFrame] = []
+
+        def lost() -> Iterator[pl.DataFrame]:
+            last = self.kinds[-1], self.markers[-1]
+            for frame in chain(
+                [pl.DataFrame(schema=REJECTS)],
+                rejects(self.store, self.markers),
+                bridging_rejects(self.store, *last, splits.bridging),
+            ):
+                brief.append(frame.select("step", "id", "reason"))
+                yield frame
+
+        write_frames(self.folder / "rejects.parquet", lost())
+        self.rejects_digest = digest(pl.concat(brief).sort(pl.all()).rows())
 
     def is_run_of(self, before: Version) -> bool:
         """Whether the version came of these very parts."""
@@ -256,6 +242,9 @@ class _Draft:
         Raises FileExistsError where another run took the number, GateFailed where the gate did
         not hold.
         """
+        from datakit.report.card import render_card
+        from datakit.report.page import render_page
+
         change = self._change()
         version = "1.0.0"
         if self.before is not None:
@@ -365,6 +354,14 @@ class _Draft:
             kind=str(spec.model_dump()["kind"]),
             sampling=dict(sampling),
         )
+
+
+def _unseen(frame: pl.DataFrame) -> None:
+    del frame
+
+
+def _is_judged(rows: Placed) -> bool:
+    return issubclass(rows.kind, Judged)
 
 
 def _roles(recipe: Recipe) -> list[str]:

@@ -9,7 +9,7 @@ import polars as pl
 from datakit.errors import BugError, InputError, Rejected, RowError
 from datakit.kit import Kit
 from datakit.recipe import PlacedStep
-from datakit.records import ID_BYTES, SCHEMA_VERSION, Record, from_frame, to_frame
+from datakit.records import BATCH, ID_BYTES, SCHEMA_VERSION, Record, from_frame, to_frame
 from datakit.session import Settings
 from datakit.step import DROPPED, Reject, Split, roles
 from datakit.text import digest
@@ -77,10 +77,13 @@ def identified(
             raw = one.model_dump_json()
             dropped.append(_reject(one.origin, "duplicate_key", detail, raw))
         else:
-            name = f"key:{one.origin}" if one.origin else one.content
+            content = one.content
+            name = f"key:{one.origin}" if one.origin else content
             seen[name] += 1
-            row = one.identified(f"{name}#{seen[name]}")
-            rows.append(row.model_copy(update={"roots": (row.id,)}))
+            origin = f"{name}#{seen[name]}"
+            row_id = one.id_at(origin, content)
+            update = {"origin": origin, "id": row_id, "roots": (row_id,)}
+            rows.append(one.model_copy(update=update))
     return rows, dropped
 
 
@@ -96,7 +99,7 @@ def _reject(place: str, reason: str, detail: str, raw: str) -> Dropped:
 
 def derived(out: Record, parents: Sequence[Record], alias: str, slot: int) -> Record:
     """The output under its own id; a row whose content stands is still the same row."""
-    if len(parents) == 1 and out.id == parents[0].id and out.content == parents[0].content:
+    if len(parents) == 1 and out.id == parents[0].id and out.body() == parents[0].body():
         return out
     return out.derived(parents, alias, slot)
 
@@ -175,9 +178,12 @@ def _reidentified(
     before: pl.DataFrame, after: pl.DataFrame, alias: str, kind: type[Record]
 ) -> pl.DataFrame:
     """Rows whose own fields a step rewrote become derived rows of what they were."""
-    old = {row.id: row for row in from_frame(kind, before)}
-    rows = [derived(row, [old[row.id]], alias, 0) for row in from_frame(kind, after)]
-    return to_frame(kind, rows)
+    frames = [after.clear()]
+    for new in after.iter_slices(BATCH):
+        old = new.select("id").join(before, on="id", how="left", maintain_order="left")
+        both = zip(from_frame(kind, new), from_frame(kind, old), strict=True)
+        frames.append(to_frame(kind, [derived(row, [was], alias, 0) for row, was in both]))
+    return pl.concat(frames)
 
 
 def conserve(alias: str, rows: pl.DataFrame, kept: pl.DataFrame, dropped: pl.DataFrame) -> None:

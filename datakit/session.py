@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import SerializeAsAny
 
@@ -12,7 +13,7 @@ from datakit.models.budget import Allowance, Budget
 from datakit.models.chat import ChatModel
 from datakit.models.embed import CachedEmbedder, open_embedder
 from datakit.models.ledger import Ledger
-from datakit.models.ledgered import Closed, Ledgered, Recorded, Silent
+from datakit.models.ledgered import Closed, Counted, Ledgered, Recorded, Silent
 from datakit.models.openai import OpenAIChat
 from datakit.models.prices import price_of
 from datakit.models.scripted import Scripted
@@ -33,7 +34,8 @@ class Settings(Value):
     limit: at most so many source rows; private: they reach only trusted models; offline: nothing
     may be sent; finish_partial: nothing is sent, and rows that would need it are left out. recipe
     and run name what is spent. served: where local models are up, by role; a local model that is
-    in none of it is not up in this pass.
+    in none of it is not up in this pass. instead: what is done with a request that would be sent:
+    it is only counted, or written to the queue of requests.
     """
 
     outputs: Path
@@ -50,6 +52,7 @@ class Settings(Value):
     budget: Budget | None = None
     models: dict[str, SerializeAsAny[Spec]] = {}
     served: dict[str, tuple[str, ...]] = {}
+    instead: Literal["", "count", "queue"] = ""
 
 
 class Watch:
@@ -109,7 +112,7 @@ class Session:
             if price is None and given is None:
                 self.watch.meter.is_priced = False
             inner = self._inner(role, spec, given, self._book)
-            self._chats[role] = Ledgered(inner, spec, self._book, price)
+            self._chats[role] = Ledgered(inner, spec, self._book, price, role)
         elif isinstance(spec, EmbedSpec) and role not in self._embedders:
             self._embedders[role] = CachedEmbedder(open_embedder(spec), self.settings.state)
 
@@ -127,6 +130,10 @@ class Session:
         if given is not None:
             return Recorded(given, spec, book)
         name = spec.resolved_identity()
+        if settings.instead == "count":
+            return Counted(name, role, book)
+        if settings.instead == "queue":
+            return Queued(name, spec, book, settings.run)
         if isinstance(spec, ScriptedSpec):
             return Recorded(Scripted(spec), spec, book)
         if settings.finish_partial:
@@ -140,7 +147,7 @@ class Session:
             return OpenAIChat(spec, urls, book, price_of(spec), self._share)
         assert isinstance(spec, OpenAISpec)
         if spec.mode == "batch":
-            return Queued(name, spec, book)
+            return Queued(name, spec, book, settings.run)
         return OpenAIChat(spec, spec.urls, book, price_of(spec), self._share)
 
     @property

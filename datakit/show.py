@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rich.console import Console
+from rich.table import Table
+
 from datakit.catalog import find_step, step_names
 from datakit.engine import Markers, execute
 from datakit.lineage import funnel
 from datakit.pipeline import rehearsal
+from datakit.plan import Plan
 from datakit.progress import Progress
 from datakit.recipe import Recipe, load_recipe
 from datakit.records import from_frame
 from datakit.session import Settings
 from datakit.step import Step
 from datakit.store import Store
-from datakit.text import shorten
+from datakit.text import plain, shorten
 from datakit.versions import StepCount, Version
 from datakit.work import perform
 
@@ -31,6 +35,12 @@ def show_version(version: Version, watch: Progress) -> None:
         f"calls: {meter.sent:,} sent, {meter.replayed:,} replayed; "
         f"tokens: {meter.input_tokens:,} in, {meter.output_tokens:,} out"
     )
+    if meter.usd or meter.saved_usd:
+        known = "" if meter.is_priced else " (models without a known price not counted)"
+        print(
+            f"paid ${meter.usd:,.4f}, of which ${meter.wasted_usd:,.4f} for failed tries; "
+            f"replaying saved ${meter.saved_usd:,.4f}{known}"
+        )
     word = "new" if watch.is_new else "unchanged"
     rows = ", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items())
     print(f"{version.address} ({word}; {rows}; digest {manifest.digest[:12]})")
@@ -42,6 +52,40 @@ def show_version(version: Version, watch: Progress) -> None:
     unanswered = sum(count.unanswered for count in manifest.funnel)
     if unanswered:
         print(f"{unanswered:,} rows went unanswered; run the same command again to ask for them")
+
+
+def show_plan(plan: Plan) -> None:
+    """What a run will ask and cost: a table, the turns of local models, what it rests on."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "role", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("known", "calls", "tokens in", "tokens out", "US$"):
+        table.add_column(name, justify="right")
+    for cost in plan.costs:
+        table.add_row(
+            cost.step,
+            cost.role,
+            plain(cost.model),
+            f"{cost.known:,}",
+            _between(cost.calls),
+            _between(cost.input_tokens),
+            _between(cost.output_tokens),
+            "unknown" if cost.usd is None else _between(cost.usd, 2),
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if plan.usd is not None:
+        console.print(f"in all: US$ {_between(plan.usd, 2)}", highlight=False)
+    for number, roles in enumerate(plan.loads, start=1):
+        console.print(f"turn {number}: vLLM serves {', '.join(roles)}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {plain(note)}", highlight=False, markup=False)
+
+
+def _between(numbers: tuple[float, float, float], places: int = 0) -> str:
+    """The expected number, and the range where it is one."""
+    least, expected, most = (f"{number:,.{places}f}" for number in numbers)
+    return expected if least == most else f"{expected} ({least}-{most})"
 
 
 def show_rehearsal(source: str, rows: int, overrides: Sequence[str]) -> None:

@@ -7,10 +7,21 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+# Made once: `json.dumps` makes an encoder for each call. Plain data holds no circles to look for.
+_CANONICAL = json.JSONEncoder(
+    sort_keys=True,
+    ensure_ascii=False,
+    separators=(",", ":"),
+    allow_nan=False,
+    check_circular=False,
+)
 _SLOT = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 # Marks of a sentence fold away; where they carry meaning they stay: 3.5, .5, 5!, x != y, don't.
+# The mark comes first in the pattern, and what stands around it after: so `re` skips to marks.
 _SENTENCE = re.compile(
-    r"""[;?¿¡…"“”„«»、。]|[.,:](?!\d)|(?<!\d)!(?![=\w(])|(?<!\w)['‘’`´]|['‘’`´](?!\w)"""
+    r"""[;?¿¡…"“”„«»、。.,:!'‘’`´]"""
+    r"""(?:(?<=[;?¿¡…"“”„«»、。])|(?<=[.,:])(?!\d)|(?<=!)(?<!\d!)(?![=\w(])"""
+    r"""|(?<=['‘’`´])(?:(?<!\w['‘’`´])|(?!\w)))"""
 )
 _DASH = re.compile("[‐‑‒–—−]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -18,9 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 def canonical_json(value: object) -> str:
     """The one JSON text of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    )
+    return _CANONICAL.encode(value)
 
 
 def digest(value: object, size: int = 16) -> str:

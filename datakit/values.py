@@ -7,7 +7,7 @@ value) structs in a table, so that the table's schema does not depend on the nam
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -47,6 +47,11 @@ Labels = Annotated[
 ]
 
 
+def no_names() -> Any:
+    """The default of a mapping: a plain `{}` would be copied deeply at every construction."""
+    return Field(default_factory=dict, json_schema_extra={"default": {}})
+
+
 class Value(BaseModel):
     """Frozen, strict about unknown fields: the base of everything that is plain data."""
 
@@ -81,3 +86,36 @@ def polars_type(annotation: Any) -> pl.DataType:
         fields = annotation.model_fields.items()
         return pl.Struct({name: polars_type(field.annotation) for name, field in fields})
     raise TypeError(f"no table type for {annotation!r}")
+
+
+def table_of_lines(lines: Sequence[str], schema: Any) -> pl.DataFrame:
+    """JSON lines as a table of a pyarrow schema without `large_` types."""
+    from pyarrow import BufferReader, json
+
+    text = "\n".join(lines).encode()
+    table = json.read_json(
+        BufferReader(text),
+        read_options=json.ReadOptions(use_threads=False, block_size=len(text) + 1),
+        parse_options=json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+    )
+    return typing.cast("pl.DataFrame", pl.from_arrow(table))
+
+
+def small(table: Any) -> Any:
+    """A pyarrow table without the `large_` types, which not every reader knows."""
+    import pyarrow as pa
+
+    fields = [(field.name, _small_type(field.type)) for field in table.schema]
+    return table.cast(pa.schema(fields))
+
+
+def _small_type(kind: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_list(kind) or pa.types.is_list(kind):
+        return pa.list_(_small_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _small_type(field.type)) for field in kind.fields])
+    return kind

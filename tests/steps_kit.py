@@ -101,7 +101,7 @@ BLOCK = re.compile(r"<(answer_[ab]_*)>\n(.*?)\n</\1>", re.DOTALL)
 
 def shown(request):
     """The two texts that a judge is shown, as A and B."""
-    found = BLOCK.findall(request["messages"][-1]["content"])
+    found = BLOCK.findall("\n".join(turn["content"] for turn in request["messages"]))
     longest = max(len(tag) for tag, _ in found)
     first, second = (text for tag, text in found if len(tag) == longest)
     return first, second

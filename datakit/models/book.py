@@ -6,7 +6,7 @@ before it is written: thousands of durable answers a second for the price of hun
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from datakit.models.budget import Allowance, charge
 from datakit.models.chat import Reply, Request
@@ -18,7 +18,9 @@ class Meter:
 
     usd counts what was paid, wasted_usd the part of it that went into failed attempts (estimated:
     a reply that is cut has no bill), saved_usd what the replayed answers would have cost;
-    is_priced is False where a model that was asked has no known price.
+    is_priced is False where a model that was asked has no known price. By step and role: `known`
+    counts the answers that were replayed, `outstanding` the requests, and their characters, that a
+    plan would send.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,8 @@ class Meter:
         self.wasted_usd = 0.0
         self.saved_usd = 0.0
         self.is_priced = True
+        self.known: Counter[tuple[str, str]] = Counter()
+        self.outstanding: dict[tuple[str, str], tuple[int, int]] = {}
 
 
 class Book:
@@ -52,10 +56,11 @@ class Book:
         self._writers: list[asyncio.Future[bool]] = []
         self._replayed: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
 
-    def replayed(self, model: str, step: str, reply: Reply, usd: float) -> None:
+    def replayed(self, model: str, role: str, step: str, reply: Reply, usd: float) -> None:
         """Count an answer that was known, and what it would have cost."""
         self.meter.replayed += 1
         self.meter.saved_usd += usd
+        self.meter.known[step, role] += 1
         sums = self._replayed[step, model]
         sums[0] += 1
         sums[1] += reply.input_tokens

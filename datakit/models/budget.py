@@ -81,6 +81,7 @@ class Allowance:
         self._owner = uuid.uuid4().hex
         self._leased = (0.0, 0.0)
         self._held = (0.0, 0.0)
+        self._holding = 0
         self._settled = asyncio.Event()
         self.is_spent = False
 
@@ -91,17 +92,19 @@ class Allowance:
                 raise self._spent()
             if self._lease(usd, tokens):
                 continue
-            if self._held == (0.0, 0.0):
+            if not self._holding:
                 self.is_spent = True
                 raise self._spent()
             # What is under way may cost less than was held back for it.
             self._settled.clear()
             await self._settled.wait()
         self._held = self._held[0] + usd, self._held[1] + tokens
+        self._holding += 1
 
     def settle(self, held: tuple[float, float], cost: tuple[float, float]) -> None:
         """A request has ended: `held` was set aside, `cost` is charged (and already written)."""
-        self._held = _less(self._held, held)
+        self._held = self._held[0] - held[0], self._held[1] - held[1]
+        self._holding -= 1
         self._leased = self._leased[0] - cost[0], self._leased[1] - cost[1]
         self._settled.set()
 
@@ -179,8 +182,3 @@ def said_of(budget: Budget, ledger: Ledger, scope: str) -> str:
         f"the budget of {' and '.join(cap for cap in caps if cap)} for this {budget.per} is spent "
         f"(${usd:,.4f}, {tokens:,} tokens)"
     )
-
-
-def _less(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """The difference, not below nothing."""
-    return max(0.0, one[0] - other[0]), max(0.0, one[1] - other[1])

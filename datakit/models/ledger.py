@@ -46,9 +46,19 @@ CREATE TABLE IF NOT EXISTS leases (
 CREATE TABLE IF NOT EXISTS buckets (
     name TEXT PRIMARY KEY, level REAL NOT NULL, at REAL NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS queue (
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, name TEXT NOT NULL, path TEXT NOT NULL,
+    draw INTEGER NOT NULL, request TEXT NOT NULL, step TEXT NOT NULL, depth INTEGER NOT NULL,
+    run TEXT NOT NULL, asked REAL NOT NULL, batch TEXT NOT NULL, tries INTEGER NOT NULL,
+    failed TEXT NOT NULL, said TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS queue_by_batch ON queue (batch, model, run);
+CREATE INDEX IF NOT EXISTS queue_by_run ON queue (run, model, failed);
 CREATE TABLE IF NOT EXISTS batches (
-    id TEXT PRIMARY KEY, url TEXT NOT NULL, model TEXT NOT NULL, made REAL NOT NULL,
-    keys TEXT NOT NULL, requests TEXT NOT NULL, collected INTEGER NOT NULL
+    name TEXT PRIMARY KEY, id TEXT NOT NULL, file TEXT NOT NULL, url TEXT NOT NULL,
+    model TEXT NOT NULL, path TEXT NOT NULL, recipe TEXT NOT NULL, run TEXT NOT NULL,
+    worker INTEGER NOT NULL, requests INTEGER NOT NULL, made REAL NOT NULL,
+    collected INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
 
@@ -175,13 +185,8 @@ class Ledger:
         """Every answer in key order, of one model identity where named."""
         where, values = ("WHERE model = ?", (model,)) if model else ("", ())
         sql = f"SELECT model, draw, request, reply FROM answers {where} ORDER BY key"  # noqa: S608
-        for name, draw, request, reply in self.db.execute(sql, values):
-            yield Entry(
-                model=name,
-                draw=draw,
-                request=json.loads(request),
-                reply=Reply.model_validate_json(reply),
-            )
+        for row in self.db.execute(sql, values):
+            yield _entry(row)
 
     def stats(self) -> list[dict[str, Any]]:
         """Answers and tokens for each model identity."""
@@ -191,6 +196,84 @@ class Ledger:
         )
         names = ("model", "answers", "input_tokens", "output_tokens")
         return [dict(zip(names, row, strict=True)) for row in self.db.execute(sql)]
+
+    def spending(self) -> list[dict[str, Any]]:
+        """For each recipe and model: requests sent, dollars paid, wasted on failures, and saved."""
+        sql = (
+            "SELECT recipe, model, SUM(outcome != 'replayed'), "
+            "SUM(CASE WHEN outcome != 'replayed' THEN usd ELSE 0 END), "
+            "SUM(outcome NOT IN ('ok', 'replayed')), "
+            "SUM(CASE WHEN outcome NOT IN ('ok', 'replayed') THEN usd ELSE 0 END), "
+            "SUM(CASE WHEN outcome = 'replayed' THEN answers ELSE 0 END), "
+            "SUM(CASE WHEN outcome = 'replayed' THEN usd ELSE 0 END) "
+            "FROM attempts GROUP BY recipe, model ORDER BY recipe, model"
+        )
+        names = [
+            "recipe",
+            "model",
+            "sent",
+            "paid_usd",
+            "failed",
+            "wasted_usd",
+            "replayed",
+            "saved_usd",
+        ]
+        return [dict(zip(names, row, strict=True)) for row in self.db.execute(sql)]
+
+    def newest(self, model: str | None, count: int) -> list[tuple[str, Entry, float]]:
+        """Key, entry and time of the answers written last, newest first."""
+        where, values = ("WHERE model = ?", (model,)) if model else ("", ())
+        sql = (
+            "SELECT key, model, draw, request, reply, written "  # noqa: S608
+            f"FROM answers {where} ORDER BY written DESC, key LIMIT ?"
+        )
+        rows = self.db.execute(sql, (*values, count)).fetchall()
+        return [(row[0], _entry(row[1:5]), row[5]) for row in rows]
+
+    def find(self, prefix: str) -> tuple[str, Entry, list[Attempt]]:
+        """The one answer whose key begins with `prefix`, and all attempts at it.
+
+        Raises InputError where none or several do.
+        """
+        rows = self.db.execute(
+            "SELECT key, model, draw, request, reply FROM answers "
+            "WHERE key >= ? AND key < ? LIMIT 2",
+            (prefix, f"{prefix}g"),
+        ).fetchall()
+        if len(rows) != 1:
+            raise InputError(
+                f"{'no answer has' if not rows else 'several answers have'} a key that begins "
+                f"with {prefix!r} in {str(self.path)!r}; see `datakit ledger list`"
+            )
+        key = rows[0][0]
+        tries = self.db.execute("SELECT * FROM attempts WHERE key = ? ORDER BY at", (key,))
+        return key, _entry(rows[0][1:]), [Attempt(*row) for row in tries]
+
+    def prune(self, model: str | None, before: float | None, unusable: bool, really: bool) -> int:
+        """Forget answers that meet every condition given; returns how many do.
+
+        before: written before this time (seconds since 1970). unusable: empty, cut by their
+        length, or filtered. Without `really` nothing is removed.
+        """
+        is_unusable = (
+            "(json_extract(reply, '$.finish_reason') IN ('length', 'content_filter') "
+            "OR trim(json_extract(reply, '$.text')) = '') AND ?"
+        )
+        asked: list[tuple[str, object]] = [
+            ("model = ?", model),
+            ("written < ?", before),
+            (is_unusable, unusable or None),
+        ]
+        where = " AND ".join(sql for sql, value in asked if value is not None)
+        values = [value for _, value in asked if value is not None]
+        if not where:
+            raise InputError("name what to prune: --model, --before or --unusable")
+        sql = f"FROM answers WHERE {where}"
+        count: int = self.db.execute(f"SELECT COUNT(*) {sql}", values).fetchone()[0]
+        if really:
+            with self.transaction():
+                self.db.execute(f"DELETE {sql}", values)
+        return count
 
     def export(self, path: Path, model: str | None = None) -> int:
         """Write the answers to a JSONL file; returns how many."""
@@ -237,6 +320,17 @@ class Ledger:
     def opened(cls, folder: Path) -> "closing[Ledger]":
         """A ledger that is closed at the end of a `with`."""
         return closing(cls(folder))
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    """The entry in a row of (model, draw, request, reply)."""
+    model, draw, request, reply = row
+    return Entry(
+        model=model,
+        draw=draw,
+        request=json.loads(request),
+        reply=Reply.model_validate_json(reply),
+    )
 
 
 def answer_of(entry: Entry) -> Answer:

@@ -23,12 +23,15 @@ class Ledgered:
     Equal requests that are under way at the same time are sent once.
     """
 
-    def __init__(self, inner: ChatModel, spec: ChatSpec, book: Book, price: Price | None) -> None:
+    def __init__(
+        self, inner: ChatModel, spec: ChatSpec, book: Book, price: Price | None, role: str = ""
+    ) -> None:
         self.identity = inner.identity
         self._inner = inner
         self._spec = spec
         self._book = book
         self._price = price or _FREE
+        self._role = role
         self._under_way: dict[str, asyncio.Future[Reply]] = {}
 
     async def answer(self, ask: Ask, step: str = "", depth: int = 0) -> Reply:
@@ -38,7 +41,7 @@ class Ledgered:
         known = self._book.ledger.get(key)
         if known is not None:
             usd = self._price.usd(known.input_tokens, known.output_tokens)
-            self._book.replayed(self.identity, step, known, usd)
+            self._book.replayed(self.identity, self._role, step, known, usd)
             return known
         while key in self._under_way:
             other = self._under_way[key]
@@ -112,6 +115,24 @@ class Closed:
     async def answer(self, request: Request) -> Reply:
         del request
         raise Pending(*self._said)
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+class Counted:
+    """What would be sent is counted, and its row is pending."""
+
+    def __init__(self, identity: str, role: str, book: Book) -> None:
+        self.identity = identity
+        self._role = role
+        self._counts = book.meter.outstanding
+
+    async def answer(self, request: Request) -> Reply:
+        place = request.step, self._role
+        calls, characters = self._counts.get(place, (0, 0))
+        self._counts[place] = calls + 1, characters + len(request.text)
+        raise Pending("plan", "nothing is sent")
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -93,7 +93,8 @@ class OpenAIChat:
         book, price = self._book, self._price
         tokens = self._usage.expected(request)
         place = await self._pool.take(request.depth)
-        held = cost = (0.0, 0.0)
+        held: tuple[float, float] | None = None
+        cost = (0.0, 0.0)
         try:
             if not self._limits.none:
                 await self._limits.permit(*tokens)
@@ -122,7 +123,7 @@ class OpenAIChat:
             cost = (usd, float(sum(used)))
             return await book.write(self.identity, request, reply, usd)
         finally:
-            if book.allowance is not None:
+            if book.allowance is not None and held is not None:
                 book.allowance.settle(held, cost)
             self._pool.give(place)
 

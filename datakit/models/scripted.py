@@ -4,8 +4,13 @@ The default script fits the request. Where a JSON schema is asked for, it gives 
 answer, and where the schema lets it choose between labels whose texts stand in the request as
 `<answer_a> ... </answer_a>`, it prefers the text with the larger hash: an opinion that does not
 depend on the order shown. Otherwise it gives a short text seeded by the request.
+
+A text completion that echoes its prompt with log-probabilities is a request for a score: a word has
+a log-probability that is seeded by the model, the text before it and the word itself, whatever the
+script.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -13,6 +18,8 @@ import random
 import re
 from collections.abc import Callable
 from typing import Any
+
+from pydantic import JsonValue
 
 from datakit.errors import InputError
 from datakit.models.chat import Reply, Request
@@ -23,6 +30,7 @@ _TEXT = (
     "begin with the plan then check each step against the goal and write the result plainly "
     "if something is missing say so ask for it and go on with what is known"
 )
+_WORD = re.compile(r"\s*\S+|\s+")
 _OPENING = re.compile(r"<answer_[a-z](_*)>")
 
 Script = Callable[[dict[str, Any], int], str]
@@ -33,22 +41,48 @@ class Scripted:
 
     def __init__(self, spec: ScriptedSpec) -> None:
         self.identity = spec.resolved_identity()
+        self._words = spec.words
         self._script: Script | None = None if spec.script == "default" else _find(spec.script)
 
     async def answer(self, request: Request) -> Reply:
         body = request.body
+        if body.get("echo") and body.get("logprobs") is not None:
+            return self._scored(request)
         if self._script is not None:
             text = self._script(body, request.draw)
         elif request.answer_schema is not None:
             schema = request.answer_schema
             text = json.dumps(_smallest(schema, _preferred_label(body), schema))
         else:
-            text = _some_text(digest([self.identity, body, request.draw]))
+            text = _some_text(digest([self.identity, body, request.draw]), self._words)
         return Reply(
             text=text,
             finish_reason="stop",
             input_tokens=len(request.text.split()),
             output_tokens=len(text.split()),
+        )
+
+    def _scored(self, request: Request) -> Reply:
+        """The prompt and the log-probability (nats) of each of its words but the first."""
+        text = str(request.body["prompt"])
+        words = [(word.start(), word.group()) for word in _WORD.finditer(text)]
+        before = hashlib.blake2b(self.identity.encode())
+        logprobs: list[JsonValue] = []
+        for start, word in words:
+            before.update(word.encode())
+            drawn = int.from_bytes(before.digest()[:4]) / 2**32
+            # The longer the word, the less likely.
+            logprobs.append(-(drawn + 0.5) * len(word) if start else None)
+        return Reply(
+            text=text,
+            finish_reason="length",
+            input_tokens=len(words),
+            logprobs={
+                "tokens": [word for _, word in words],
+                "token_logprobs": logprobs,
+                "top_logprobs": None,
+                "text_offset": [start for start, _ in words],
+            },
         )
 
     async def close(self) -> None:
@@ -65,9 +99,10 @@ def _find(path: str) -> Script:
         ) from error
 
 
-def _some_text(seed: str) -> str:
+def _some_text(seed: str, length: int | None) -> str:
     rng = random.Random(seed)
-    words = rng.choices(_TEXT.split(), k=rng.randint(12, 40))
+    least, most = (length // 2, length * 3 // 2) if length else (12, 40)
+    words = rng.choices(_TEXT.split(), k=rng.randint(least, most))
     return " ".join(words).capitalize() + "."
 
 

@@ -192,6 +192,7 @@ class OpenAISpec(ChatSpec):
 _ANSWER_CHANGING = (
     "chat_template",
     "dtype",
+    "generation_config",
     "hf_overrides",
     "kv_cache_dtype",
     "lora_modules",
@@ -219,7 +220,8 @@ class VLLMSpec(ChatSpec):
     json_schema: bool = True
     timeout_s: float = Field(default=600, gt=0)
     start_timeout_s: float = Field(default=900, gt=0)
-    retries: int = Field(default=6, ge=0)
+    # Long enough for a server that died to load its model again.
+    retries: int = Field(default=12, ge=0)
 
     @property
     def gpus_each(self) -> int:
@@ -244,11 +246,13 @@ class ScriptedSpec(ChatSpec):
     """The fake that ships: answers are a pure function of the request.
 
     script: `default`, or `module:function` taking (request: dict, draw: int) and giving a str.
+    words: how long a default answer is, about; default 12 to 40.
     """
 
     kind: Literal["scripted"]
     model: str = "scripted"
     script: str = "default"
+    words: int | None = Field(default=None, ge=2)
 
 
 class EmbedSpec(Spec):

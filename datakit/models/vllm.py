@@ -33,21 +33,14 @@ RESTARTS_WITHIN_S = 600.0
 """A server that ends more often than RESTARTS times in this span is given up."""
 
 _POLL_S = 0.1
-_KILL_S = 30.0
+_KILL_S = 10.0
 _TAIL_LINES = 15
 _TAIL_BYTES = 64 * 1024
 _SECRET = re.compile("KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+# With or without vLLM's prefix: "(EngineCore pid=7) ERROR 11-21 14:51:44 [core.py:12]   File ...".
+_FRAME = re.compile(r'(\([^)]*\) )?((ERROR|INFO|WARNING) [^]]*\] )?(  File "|  warnings|    |\s*$)')
 _ARGUMENT = re.compile("[A-Za-z][A-Za-z0-9_-]*")
-_OURS = {
-    "model": "it is the field model",
-    "revision": "it is the field revision",
-    "tensor-parallel-size": "it is the field tensor_parallel",
-    "served-model-name": "requests name the field model",
-    "host": "servers listen on this machine only",
-    "port": "a free one is chosen",
-    "uds": "servers are spoken to over TCP",
-    "api-key": "servers listen on this machine only",
-}
+_OURS = re.compile("model|revision|tensor-parallel-size|served-model-name|host|port|uds|api-key")
 
 
 def gpu_names() -> tuple[str, ...]:
@@ -164,8 +157,9 @@ def _too_many(role: str, spec: VLLMSpec, gpus: int) -> str:
 
 
 def server_command(spec: VLLMSpec, name: str, port: int) -> list[str]:
-    """The command line of one server; raises InputError for a Python or an argument that is none.
+    """The command line of one server.
 
+    Raises InputError where there is no such Python or folder, and for arguments that cannot be.
     Of `args`, True is a bare flag, False `--no-flag`, a list several values, a mapping JSON, and
     None left out.
     """
@@ -175,6 +169,9 @@ def server_command(spec: VLLMSpec, name: str, port: int) -> list[str]:
             f"there is no Python at {spec.python!r} (python of model {spec.model!r}); name the one "
             "of the environment that holds vLLM"
         )
+    folder = Path(spec.model)
+    if folder.is_absolute() and not folder.exists():
+        raise InputError(f"there is no model at {spec.model!r}; check its path")
     # Not the `vllm` script, which some builds ship broken. Links stay: an environment's Python is
     # one, and what it links to knows nothing of the environment.
     module = "vllm.entrypoints.openai.api_server"
@@ -191,8 +188,11 @@ def server_command(spec: VLLMSpec, name: str, port: int) -> list[str]:
                 f"args of model {spec.model!r}: {key!r} is not the name of an engine argument; "
                 "write it as max_model_len, without dashes before it"
             )
-        if flag in _OURS:
-            raise InputError(f"args of model {spec.model!r}: leave out {key!r}: {_OURS[flag]}")
+        if _OURS.fullmatch(flag):
+            raise InputError(
+                f"args of model {spec.model!r}: leave out {key!r}; datakit sets it, from the "
+                "fields model, revision and tensor_parallel"
+            )
         command += _rendered(flag, value)
     return command
 
@@ -266,7 +266,7 @@ def _guard() -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server, number)
-            until = time.monotonic() + 3
+            until = time.monotonic() + 2
             while time.monotonic() < until:
                 os.killpg(server, 0)
                 time.sleep(0.05)
@@ -293,6 +293,7 @@ class VLLMServer:
         self._grace_s = grace_s
         self._process: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
+        self._port = 0
         self._log_start = 0
         self._up = asyncio.Event()
         self._ended_at: list[float] = []
@@ -300,8 +301,8 @@ class VLLMServer:
     @property
     def url(self) -> str:
         """The address up to `/v1`; the same after a restart."""
-        assert self._held is not None, "a server has an address once it is started"
-        return f"http://127.0.0.1:{self._held.getsockname()[1]}/v1"
+        assert self._port, "a server has an address once it is started"
+        return f"http://127.0.0.1:{self._port}/v1"
 
     async def start(self) -> None:
         """Start it and return when it answers; what fails to start is stopped.
@@ -316,6 +317,7 @@ class VLLMServer:
         try:
             self._held.bind(("127.0.0.1", 0))
             self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._port = self._held.getsockname()[1]
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.unlink(missing_ok=True)
             self._launch()
@@ -345,7 +347,10 @@ class VLLMServer:
             await self._answers()
 
     async def until_up(self) -> None:
-        """Return when it answers: at once, but for the time of a restart."""
+        """Return when it answers: at once, unless it is being started again.
+
+        For callers that would else use up their retries while a large model loads.
+        """
         await self._up.wait()
 
     async def stop(self) -> None:
@@ -355,20 +360,21 @@ class VLLMServer:
         """
         process, self._process = self._process, None
         self._up.clear()
-        if process is not None and process.poll() is None:
-            process.terminate()
-            try:
+        try:
+            if process is not None and process.poll() is None:
+                process.terminate()
                 await asyncio.to_thread(process.wait)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
+        finally:
+            if process is not None and process.poll() is None:
+                process.terminate()
+                # One that hangs in a driver cannot be killed, and must not hang us.
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=_KILL_S)
-        if self._held is not None:
-            self._held.close()
+            if self._held is not None:
+                self._held.close()
 
     def _launch(self) -> None:
-        assert self._held is not None
-        command = server_command(self._spec, self._name, self._held.getsockname()[1])
+        command = server_command(self._spec, self._name, self._port)
         source = f"{inspect.getsource(_guard)}\n_guard()"
         guard = [sys.executable, "-I", "-S", "-c", source, str(os.getpid()), str(self._grace_s)]
         with self.log.open("ab") as log:
@@ -405,32 +411,32 @@ class VLLMServer:
     def _failed(self, what: str) -> DatakitError:
         """The error to raise, with the end of the log."""
         code = self._process.poll() if self._process is not None else None
-        lines = self._last_lines()
+        lines, model = self._last_lines(), f"model {self._spec.model!r}"
         if any("No module named 'vllm'" in line for line in lines):
             return InputError(
                 f"there is no vLLM in the environment of {self._spec.python or sys.executable!r} "
-                f"(python of model {self._spec.model!r}); `datakit doctor --install-vllm DIR` "
-                "builds one, then set python: DIR/bin/python"
+                f"(python of {model}); `datakit doctor --install-vllm DIR` builds one, then set "
+                "python: DIR/bin/python"
             )
         if code == 2 and lines and "error:" in lines[-1]:
-            return InputError(
-                f"vLLM does not take the args of model {self._spec.model!r}: {lines[-1]}"
-            )
+            return InputError(f"vLLM does not take the args of {model}: {lines[-1]}")
         if code is not None:
             what += f" with exit code {code}"
             what += " (killed; was there enough memory?)" if code == 128 + signal.SIGKILL else ""
-        shown = "".join(f"\n  {line}" for line in lines[-_TAIL_LINES:])
-        return EndpointError(
-            f"the vLLM server of model {self._spec.model!r} {what}; {str(self.log)!r} ends:{shown}"
-        )
+        shown = lines[-_TAIL_LINES:]
+        said = f"the vLLM server of {model} {what}; {str(self.log)!r} ends:"
+        # What vLLM calls invalid, a folder or an argument's value, will not heal by itself.
+        wrong = code == 1 and any("ValidationError: " in line for line in shown)
+        return (InputError if wrong else EndpointError)("\n  ".join([said, *shown]))
 
     def _last_lines(self) -> list[str]:
-        """The end of the log since the last launch, one safe line each."""
+        """The end of the log since the last launch, without tracebacks' frames, safe to show."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - _TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
-        return [line for raw in text.splitlines() if (line := shorten(raw, 160))]
+        raw = (line for line in text.splitlines() if not _FRAME.match(line))
+        return [line for one in raw if (line := shorten(one))]
 
 
 @contextlib.asynccontextmanager

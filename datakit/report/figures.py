@@ -83,14 +83,13 @@ def _round_step(width: float) -> float:
     return next(power * lead for lead in (1, 2, 5, 10) if power * lead >= width * (1 - 1e-9))
 
 
-def judge_figures(judged: pl.DataFrame | None) -> dict[str, Any]:
-    """Counts and biases over the raw pairwise verdicts of all rows of a `Judged` table.
+def judge_figures(verdicts: pl.DataFrame) -> dict[str, Any]:
+    """Counts and biases over the raw pairwise verdicts, as `verdict_lines` gives them.
 
     first_share: of decided verdicts, those for what was shown first; flip_share: of pairs of
     responses that one judge saw in both orders, those whose winner changes with the order (a tie
     in one order is no flip); tie_share: of all pairwise verdicts. Each with n and its interval.
     """
-    verdicts = _verdicts(judged)
     pairwise = verdicts.filter(
         pl.col("form") == "pairwise", pl.col("shown").list.len() == 2
     ).with_columns(
@@ -113,22 +112,15 @@ def judge_figures(judged: pl.DataFrame | None) -> dict[str, Any]:
     }
 
 
-def _verdicts(judged: pl.DataFrame | None) -> pl.DataFrame:
-    fields = {
-        "judge": pl.String(),
-        "template": pl.String(),
-        "form": pl.String(),
-        "aspect": pl.String(),
-        "shown": pl.List(pl.Int64()),
-        "scores": pl.List(pl.Float64()),
-    }
-    if judged is None or judged.is_empty():
-        return pl.DataFrame(schema={"row": pl.Int64(), **fields})
+def verdict_lines(judged: pl.DataFrame, first_row: int) -> pl.DataFrame:
+    """One line for each verdict of a `Judged` table, without its texts; `row` tells its row."""
+    names = ("judge", "template", "form", "aspect", "shown", "scores")
+    rows = pl.int_range(first_row, first_row + pl.len(), dtype=pl.Int64())
     return (
-        judged.select(pl.int_range(pl.len(), dtype=pl.Int64()).alias("row"), "verdicts")
+        judged.select(rows.alias("row"), "verdicts")
         .explode("verdicts")
         .drop_nulls("verdicts")
-        .select("row", *(pl.col("verdicts").struct.field(name) for name in fields))
+        .select("row", *(pl.col("verdicts").struct.field(name) for name in names))
     )
 
 

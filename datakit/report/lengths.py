@@ -1,5 +1,6 @@
 """How long the texts are, and whether the chosen ones are the longer ones."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ def prompt_column(kind: type[Record]) -> str:
     return "context" if issubclass(kind, Edit) else "prompt"
 
 
-def _texts(kind: type[Record], rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    """For each named text of the kind, `row` and `text`, one line for each turn or response."""
+def _texts(kind: type[Record]) -> dict[str, str]:
+    """For each named text of the kind its column."""
     found = {"prompt": prompt_column(kind)}
     if issubclass(kind, Pair):
         found |= {"chosen": "chosen", "rejected": "rejected"}
@@ -29,30 +30,40 @@ def _texts(kind: type[Record], rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
         found |= {"draft": "draft", "edited": "edited"}
     elif issubclass(kind, Conversation):
         found = {"conversation": "messages"}
-    return {name: rows.select(column) for name, column in found.items()}
+    return found
 
 
-def _counted(column: pl.DataFrame, words: bool = False) -> Floats:
-    """Characters or words of each text [n]: turns are added up, responses stand alone."""
-    text = pl.col(column.columns[0])
-    turns = column.schema[column.columns[0]] != pl.String()
-    if column.columns[0] == "responses":
-        column, turns = column.explode("responses").drop_nulls(), False
-        text = text.struct.field("text")
-    one = pl.element().struct.field("content") if turns else text
-    count = one.str.count_matches(r"\S+") if words else one.str.len_chars()
-    whole = text.list.eval(count).list.sum() if turns else count
-    return column.select(whole.cast(pl.Float64()).fill_null(0)).to_series().to_numpy()
+def text_lengths(kind: type[Record]) -> Iterator[pl.Expr]:
+    """`chars.<text>` and `words.<text>` of each row: turns are added up, responses are a list."""
+    for name, column in _texts(kind).items():
+        text = pl.col(column)
+        turns = kind.table_schema()[column] != pl.String()
+        field = "text" if column == "responses" else "content"
+        one = pl.element().struct.field(field) if turns else text
+        counts = {"chars": one.str.len_chars(), "words": one.str.count_matches(r"\S+")}
+        for what, count in counts.items():
+            whole = text.list.eval(count) if turns else count
+            if turns and column != "responses":
+                whole = whole.list.sum()
+            yield whole.alias(f"{what}.{name}")
+
+
+def _counted(rows: pl.DataFrame, column: str) -> Floats:
+    """The lengths in one column of `text_lengths`, responses one by one [n]."""
+    lengths = rows[column]
+    if isinstance(lengths.dtype, pl.List):
+        lengths = lengths.explode().drop_nulls()
+    return lengths.cast(pl.Float64()).fill_null(0).to_numpy()
 
 
 def lengths(kind: type[Record], rows: pl.DataFrame) -> dict[str, Any]:
     """Summaries of the kind's texts in characters, and the same in `words`.
 
-    For pairs also how often the chosen answer is the longer one; `equal` lengths are left out of
-    that share.
+    rows: with the columns of `text_lengths`. For pairs also how often the chosen answer is the
+    longer one; `equal` lengths are left out of that share.
     """
-    texts = _texts(kind, rows)
-    chars = {name: _counted(column) for name, column in texts.items()}
+    texts = _texts(kind)
+    chars = {name: _counted(rows, f"chars.{name}") for name in texts}
     edges: dict[str, list[float]] = {}
     if issubclass(kind, Pair):
         # The two sides share their bins, so that they can be laid side by side.
@@ -61,7 +72,7 @@ def lengths(kind: type[Record], rows: pl.DataFrame) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: summary(values, edges.get(name)) for name, values in chars.items()
     }
-    words = {name: summary(_counted(column, words=True)) for name, column in texts.items()}
+    words = {name: summary(_counted(rows, f"words.{name}")) for name in texts}
     found["words"] = {
         name: {key: value for key, value in figures.items() if key != "histogram"}
         for name, figures in words.items()

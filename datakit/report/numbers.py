@@ -9,10 +9,9 @@ from typing import Any, Protocol, cast
 
 import polars as pl
 
-from datakit.records import Candidates, Judged, Pair, Record
 from datakit.report.figures import judge_figures, summary, value_counts
-from datakit.report.lengths import lengths, prompt_column
-from datakit.report.samples import samples
+from datakit.report.lengths import lengths
+from datakit.report.tally import Tally
 from datakit.text import near_miss, shorten
 from datakit.versions import StepCount, measure_names
 
@@ -32,48 +31,39 @@ class Bounded(Protocol):
 
 
 def report_numbers(
-    kind: type[Record],
-    rows: pl.DataFrame,
-    ratings_kind: type[Record] | None,
-    ratings: pl.DataFrame | None,
-    funnel: Sequence[StepCount],
+    tally: Tally, samples: Sequence[Mapping[str, Any]], funnel: Sequence[StepCount]
 ) -> dict[str, Any]:
     """Everything that the report says of a dataset.
 
-    rows: a record table of `kind` whose `split` is the assigned one. ratings: the candidates that
-    the rows were made from, with their verdicts. Shares are 0..1, lengths count characters
-    (`words`: runs without white space). `dropped.share` and `failures.share` are of all rows that
-    came to an end, in the dataset or in the rejects; `failures` are rows lost because a model
-    failed.
+    Shares are 0..1, lengths count characters (`words`: runs without white space).
+    `dropped.share` and `failures.share` are of all rows that came to an end, in the dataset or in
+    the rejects; `failures` are rows lost because a model failed.
     """
-    judged = ratings if ratings_kind is not None and issubclass(ratings_kind, Judged) else None
-    if judged is None and issubclass(kind, Judged):
-        judged = rows
+    kind, rows = tally.kind, tally.rows
     steps = _funnel(funnel)
     dropped = sum(step["dropped"] for step in steps.values())
     failed = sum(step["failed"] for step in steps.values())
     ended = max(1, dropped + rows.height)
-    partly = rows.filter(pl.col("failures").list.len() > 0).height
     return {
         "kind": kind.__name__,
         "rows": rows.height,
-        "prompts": _prompts(kind, rows),
+        "prompts": rows["prompt"].n_unique(),
         "splits": dict(sorted(value_counts(rows["split"]).items())),
         "funnel": steps,
         "dropped": {"rows": dropped, "share": dropped / ended},
         "failures": {
             "rows": failed,
             "share": failed / ended,
-            "kept_with_failures": partly,
+            "kept_with_failures": int(rows["partly"].sum()),
         },
         "lengths": lengths(kind, rows),
         "measures": _measures(rows),
-        "judge": judge_figures(judged),
-        "models": _models(kind, rows),
+        "judge": judge_figures(tally.verdicts),
+        "models": _models(rows),
         "categories": _categories(rows),
         "licenses": value_counts(_stated(rows["license"])),
         "sources": _sources(rows),
-        "samples": samples(kind, rows, judged),
+        "samples": list(samples),
     }
 
 
@@ -149,10 +139,6 @@ def _funnel(funnel: Sequence[StepCount]) -> dict[str, dict[str, Any]]:
     return steps
 
 
-def _prompts(kind: type[Record], rows: pl.DataFrame) -> int:
-    return rows[prompt_column(kind)].n_unique() if rows.height else 0
-
-
 def _measures(rows: pl.DataFrame) -> dict[str, Any]:
     pairs = rows["measures"].explode().drop_nulls()
     names, values = pairs.struct.field("name"), pairs.struct.field("value")
@@ -162,20 +148,16 @@ def _measures(rows: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _models(kind: type[Record], rows: pl.DataFrame) -> list[dict[str, Any]]:
+def _models(rows: pl.DataFrame) -> list[dict[str, Any]]:
     """Who was preferred over whom; for candidates, who answered how often."""
-    if issubclass(kind, Pair):
-        counts = rows.select(
-            chosen=pl.col("chosen_from").struct.field("model"),
-            rejected=pl.col("rejected_from").struct.field("model"),
-        )
-        grouped = counts.group_by("chosen", "rejected").agg(pairs=pl.len())
+    if "chosen" in rows.columns:
+        grouped = rows.group_by("chosen", "rejected").agg(pairs=pl.len())
         return grouped.sort(
             ["pairs", "chosen", "rejected"], descending=[True, False, False]
         ).to_dicts()
-    if issubclass(kind, Candidates):
-        models = rows["responses"].explode().drop_nulls().struct.field("model")
-        return [{"model": name, "responses": n} for name, n in value_counts(models).items()]
+    if "models" in rows.columns:
+        models = value_counts(rows["models"].explode())
+        return [{"model": name, "responses": n} for name, n in models.items()]
     return []
 
 

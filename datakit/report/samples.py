@@ -1,6 +1,6 @@
 """A few rows to read, drawn evenly over the margin, with what the judges said of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import polars as pl
@@ -18,7 +18,10 @@ from datakit.records import (
     from_frame,
     measure,
 )
+from datakit.report.tally import Tally
 from datakit.versions import measure_names
+
+Find = Callable[[Sequence[str]], pl.DataFrame]
 
 SAMPLES = 20
 SHOWN_CHARS = 4000
@@ -27,17 +30,21 @@ SHOWN_TEXTS = 8
 REASON_CHARS = 1000
 
 
-def samples(
-    kind: type[Record], rows: pl.DataFrame, judged: pl.DataFrame | None
-) -> list[dict[str, Any]]:
+def samples(tally: Tally, find_rows: Find, find_judged: Find | None = None) -> list[dict[str, Any]]:
     """Up to 20 rows as plain data, from the least to the greatest margin; long texts are cut.
 
     Each text is `{content, more}`: its first 4,000 characters and how many more there are.
+    find_rows, find_judged: the rows of record tables that have these ids, in any order.
     """
-    margin = _margin_name(rows)
-    records = from_frame(kind, _drawn(rows, margin))
-    ratings = _ratings(records, judged)
-    return [_sample(row, margin, ratings) for row in records]
+    margin = _margin_name(tally.rows)
+    drawn = _drawn(tally.rows, margin)
+    found = {row.id: row for row in from_frame(tally.kind, find_rows(drawn))}
+    records = [found[row_id] for row_id in drawn]
+    judged: dict[str, Judged] = {}
+    if find_judged is not None:
+        parents = find_judged(sorted({parent for row in records for parent in row.parents}))
+        judged = {row.id: row for row in from_frame(Judged, parents)}
+    return [_sample(row, margin, judged) for row in records]
 
 
 def _margin_name(rows: pl.DataFrame) -> str | None:
@@ -46,8 +53,8 @@ def _margin_name(rows: pl.DataFrame) -> str | None:
     return next((name for name in names if name.rpartition(".")[2] == "margin"), None)
 
 
-def _drawn(rows: pl.DataFrame, margin: str | None) -> pl.DataFrame:
-    """Rows taken in turn from 20 equal stretches of the margin.
+def _drawn(rows: pl.DataFrame, margin: str | None) -> list[str]:
+    """The ids of rows taken in turn from 20 equal stretches of the margin.
 
     Ids are hashes: within a stretch their order is as good as a draw, and the same every time.
     """
@@ -65,23 +72,7 @@ def _drawn(rows: pl.DataFrame, margin: str | None) -> pl.DataFrame:
         .head(SAMPLES)
         .sort("margin", "id", nulls_last=True)
     )
-    return (
-        drawn.select("id")
-        .join(rows, on="id", how="left", maintain_order="left")
-        .select(rows.columns)
-    )
-
-
-def _ratings(records: Sequence[Record], judged: pl.DataFrame | None) -> dict[str, Judged]:
-    """The judged parents of the records, by id."""
-    if judged is None:
-        return {}
-    wanted = pl.DataFrame(
-        {"id": sorted({parent for row in records for parent in row.parents})},
-        schema={"id": pl.String()},
-    )
-    found = judged.join(wanted, on="id", how="semi").select(Judged.table_schema().names())
-    return {row.id: row for row in from_frame(Judged, found)}
+    return drawn["id"].to_list()
 
 
 def _sample(row: Record, margin: str | None, ratings: dict[str, Judged]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from datakit.text import digest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json")
 RANGE_BYTES = 16_000_000
+RANGE_LINES = 5_000
 SAMPLE_LINES = 1_000
 
 
@@ -78,7 +79,8 @@ class Jsonl(TabularSource):
 def _runs(name: str, path: Path) -> Iterator[Range]:
     """Runs of whole lines of about RANGE_BYTES, each with the hash of its own bytes only.
 
-    A file that grows keeps all its ranges but the last.
+    A file that grows keeps all its ranges but the last. A run of short lines ends at RANGE_LINES,
+    since a row in memory is far larger than its line.
     """
     start, first_row, size, lines = 0, 1, 0, 0
     # The name is in the rows and in their rejects: a renamed file is read again.
@@ -98,7 +100,7 @@ def _runs(name: str, path: Path) -> Iterator[Range]:
         mark.update(line)
         size += len(line)
         lines += 1
-        if size >= RANGE_BYTES and not whole:
+        if (size >= RANGE_BYTES or lines == RANGE_LINES) and not whole:
             yield so_far()
             start, first_row, size, lines = start + size, first_row + lines, 0, 0
             mark = hashlib.blake2b(name.encode(), digest_size=16)

@@ -17,10 +17,10 @@ from steps_kit import (
     user,
 )
 
-from datakit.annotation.judge import Judge, as_judged, read
+from datakit.annotation.judge import Answer, Judge, as_judged, read
 from datakit.annotation.pair import Pairing
 from datakit.errors import Rejected, Truncated, Unanswered, Unparsable
-from datakit.models.chat import Reply, wire_request
+from datakit.models.chat import Reply
 from datakit.records import Judged, Message, Pair, Response
 
 ROW = candidates("Why?", "long answer", "short", "the longest answer")
@@ -63,7 +63,6 @@ def test_the_first_of_an_order_is_shown_as_a():
     assert shown({"messages": [turn.model_dump() for turn in ask.messages]}) == ("one", "two")
     assert "system: Be kind.\n\nuser: Why?" in ask.messages[-1].content
     assert ask.sampling.temperature == 0
-    assert ask.answer_schema["properties"]["verdict"]["enum"] == ["A", "tie", "B"]
 
 
 def test_the_shipped_fake_has_an_opinion_that_does_not_depend_on_the_order(tmp_path):
@@ -243,7 +242,7 @@ def test_need_is_the_least_number_of_verdicts(need, kept, tmp_path):
         assert [verdict.shown for verdict in made.verdicts] == [(1, 0)]
         (failure,) = made.failures
         assert (failure.slot, failure.kind) == ("verdict", "Unparsable")
-        assert failure.reason.startswith("not_json: ")
+        assert failure.reason.startswith("invalid_answer: ")
         assert failure.raw == "I would rather not say."
         assert made.measures == {"judge.first_share": 1.0}
     else:
@@ -251,7 +250,7 @@ def test_need_is_the_least_number_of_verdicts(need, kept, tmp_path):
             judged(TWO, tmp_path, UNSURE, need=need)
         error = caught.value
         assert (error.reason, error.raw) == ("too_few_verdicts", "I would rather not say.")
-        assert error.detail.startswith("1 of 2 verdicts, 2 needed; not_json")
+        assert error.detail.startswith("1 of 2 verdicts, 2 needed; invalid_answer")
         assert not error.transient
 
 
@@ -262,7 +261,7 @@ def as_pair(row):
 
 
 def as_second(row):
-    verdict = read(Reply(text=said("A")), "earlier", (0, 1), "t")
+    verdict = read(Answer(reason="", verdict="A"), Reply(text=said("A")), "earlier", (0, 1), "t")
     made = Judged(**row.model_dump(exclude={"id", "origin"}), verdicts=(verdict,))
     return made.identified("x")
 
@@ -312,159 +311,77 @@ def test_a_verdict_that_was_cut_is_a_failure(tmp_path):
 # -- reading replies -----------------------------------------------------------------------------
 
 
-def deep(left, right, depth=100_000):
-    return left * depth + right * depth
+@pytest.mark.parametrize(("verdict", "scores"), [("A", (1, 0)), ("B", (0, 1)), ("tie", (0.5, 0.5))])
+def test_a_verdict_holds_the_answer_and_the_reply_that_it_was_read_from(verdict, scores):
+    reply = Reply(text=f"```json\n{said(verdict)}\n```", input_tokens=3, output_tokens=2)
+    found = read(Answer(reason="because", verdict=verdict), reply, "m", (2, 0), "t")
+    assert (found.scores, found.reason, found.raw) == (scores, "because", reply.text)
+    assert (found.shown, found.judge, found.template) == ((2, 0), "m", "t")
+    assert (found.input_tokens, found.output_tokens) == (3, 2)
+    # It can be written down: as JSON, and as UTF-8.
+    assert type(found).model_validate_json(found.model_dump_json()) == found
 
 
-NO_VERDICT = None
-REPLIES = {
-    # Good ones.
-    "plain": (said("A"), "A"),
-    "tie": (said("tie"), "tie"),
-    "no reason": ('{"verdict": "B"}', "B"),
-    "verdict first": ('{"verdict": "B", "reason": "r"}', "B"),
-    "spaces around": (f"\n\t  {said('B')} \r\n", "B"),
-    "over lines": ('{\n  "reason": "r",\n  "verdict": "A"\n}', "A"),
-    "a further key": ('{"verdict": "A", "confidence": 0.9}', "A"),
-    "fenced as json": (f"```json\n{said('A')}\n```", "A"),
-    "fenced": (f"```\n{said('B')}\n```", "B"),
-    "fenced on one line": (f"```{said('B')}```", "B"),
-    "another language": (said("B", "回答は短い方が良い。"), "B"),
-    "verdict in a quotation within the reason": (said("A", 'It says {"verdict": "B"}'), "A"),
-    "verdict in an inner object": ('{"inner": {"verdict": "B"}, "verdict": "A"}', "A"),
-    "huge reason": (said("A", "word " * 300_000), "A"),
-    "reason is a number": ('{"verdict": "A", "reason": 7}', "A"),
-    "reason is null": ('{"verdict": "A", "reason": null}', "A"),
-    "the same key twice with one value": ('{"verdict": "A", "verdict": "A"}', "A"),
-    "escaped letters": ('{"\\u0076erdict": "\\u0041"}', "A"),
-    "half a surrogate pair in the reason": ('{"verdict": "A", "reason": "\\ud83d"}', "A"),
-    "NUL in the reason": ('{"verdict": "A", "reason": "\\u0000"}', "A"),
-    # Nothing.
-    "empty": ("", NO_VERDICT),
-    "spaces": (" \n\t ", NO_VERDICT),
-    "a fence alone": ("```", NO_VERDICT),
-    "an empty fence": ("```json\n```", NO_VERDICT),
-    "a fence full of spaces": ("```" + " " * 100_000 + "x", NO_VERDICT),
-    "a closed fence full of spaces": ("```" + " " * 100_000 + "```", NO_VERDICT),
-    "empty object": ("{}", NO_VERDICT),
-    "NUL": ("\x00", NO_VERDICT),
-    # Prose.
-    "prose": ("Answer A is better.", NO_VERDICT),
-    "a letter": ("A", NO_VERDICT),
-    "a refusal": ("I'm sorry, but I can't compare these.", NO_VERDICT),
-    "prose of another language": ("Antwort B ist besser.", NO_VERDICT),
-    "brackets": ("[[A]]", NO_VERDICT),
-    "JSON after prose": (f"Here you are: {said('A')}", NO_VERDICT),
-    "JSON before prose": (f"{said('A')}\nI hope this helps!", NO_VERDICT),
-    "a fence within prose": (f"Sure!\n```json\n{said('A')}\n```\nDone.", NO_VERDICT),
-    "a fence that is not closed": (f"```json\n{said('A')}", NO_VERDICT),
-    "a verdict in quotation marks": ('The user wrote "verdict": "A"', NO_VERDICT),
-    "thoughts first": (f"<think>B?</think>{said('A')}", NO_VERDICT),
-    "XML": ("<verdict>A</verdict>", NO_VERDICT),
-    "YAML": ("verdict: A", NO_VERDICT),
-    # More than one.
-    "two objects": (said("A") + said("B"), NO_VERDICT),
-    "two lines": (said("A") + "\n" + said("A"), NO_VERDICT),
-    "two fences": (f"```\n{said('A')}\n```\n```\n{said('B')}\n```", NO_VERDICT),
-    "a list of one": (f"[{said('A')}]", NO_VERDICT),
-    "the same key twice": ('{"verdict": "A", "verdict": "B"}', NO_VERDICT),
-    "the same key twice, once escaped": (
-        '{"verdict": "A", "\\u0076erdict": "B"}',
-        NO_VERDICT,
-    ),
-    "the same key three times": (
-        '{"verdict": "A", "verdict": "B", "verdict": "A"}',
-        NO_VERDICT,
-    ),
-    "both in a list": ('{"verdict": ["A", "B"]}', NO_VERDICT),
-    "a share for each": ('{"verdict": {"A": 0.7, "B": 0.3}}', NO_VERDICT),
-    # Another value.
-    "lower case": (said("a"), NO_VERDICT),
-    "upper-case tie": (said("TIE"), NO_VERDICT),
-    "both": (said("Both"), NO_VERDICT),
-    "neither": (said("neither"), NO_VERDICT),
-    "C": (said("C"), NO_VERDICT),
-    "a sentence": (said("Answer A"), NO_VERDICT),
-    "a choice": (said("A|B"), NO_VERDICT),
-    "the scheme": (said('"A" | "B" | "tie"'), NO_VERDICT),
-    "spaces in the verdict": (said(" A "), NO_VERDICT),
-    "empty verdict": (said(""), NO_VERDICT),
-    "a Cyrillic letter": (said("А"), NO_VERDICT),
-    "a wide letter": (said("Ａ"), NO_VERDICT),
-    "half a surrogate pair": ('{"verdict": "\\ud83d"}', NO_VERDICT),
-    "huge verdict": (said("A" * 1_000_000), NO_VERDICT),
-    # Another type.
-    "null": ("null", NO_VERDICT),
-    "a number": ("1", NO_VERDICT),
-    "a string": ('"A"', NO_VERDICT),
-    "true": ("true", NO_VERDICT),
-    "a list": ('["A"]', NO_VERDICT),
-    "a list of a pair": ('[["verdict", "A"]]', NO_VERDICT),
-    "verdict null": ('{"verdict": null}', NO_VERDICT),
-    "verdict a number": ('{"verdict": 1}', NO_VERDICT),
-    "verdict false": ('{"verdict": false}', NO_VERDICT),
-    "nested verdict": ('{"answer": {"verdict": "A"}}', NO_VERDICT),
-    "JSON in a string": (json.dumps(said("A")), NO_VERDICT),
-    "another key": ('{"Verdict": "A"}', NO_VERDICT),
-    # Not JSON.
-    "BOM": ("\ufeff" + said("A"), NO_VERDICT),
-    "trailing comma": ('{"verdict": "A",}', NO_VERDICT),
-    "single quotes": ("{'verdict': 'A'}", NO_VERDICT),
-    "a comment": ('{"verdict": "A"} // sure', NO_VERDICT),
-    "no quotes": ("{verdict: A}", NO_VERDICT),
-    "cut": ('{"reason": "r", "verdict": "A', NO_VERDICT),
-    "a line break in a string": ('{"reason": "one\ntwo", "verdict": "A"}', NO_VERDICT),
-    "NaN": ("NaN", NO_VERDICT),
-    "verdict NaN": ('{"verdict": NaN}', NO_VERDICT),
-    "verdict -Infinity": ('{"verdict": -Infinity}', NO_VERDICT),
-    "a number of too many digits": (f'{{"n": {"9" * 10_000}, "verdict": "A"}}', NO_VERDICT),
-    "deep arrays": (deep("[", "]"), NO_VERDICT),
-    "deep arrays that do not end": (deep("[", ""), NO_VERDICT),
-    "deep objects": (deep('{"verdict":', "}", 50_000), NO_VERDICT),
-    "a deep reason": (f'{{"verdict": "A", "reason": {deep("[", "]")}}}', NO_VERDICT),
+ON_THE_WIRE = {
+    # What a reply is worth by itself is in the tests of structured answers.
+    "tie": (said("tie"), True),
+    "fenced as json": (f"```json\n{said('A')}\n```", True),
+    "half a surrogate pair in the reason": ('{"verdict": "A", "reason": "\\ud83d"}', True),
+    "NUL in the reason": ('{"verdict": "A", "reason": "\\u0000"}', True),
+    "empty": ("", False),
+    "prose": ("Answer A is better.", False),
+    "two objects": (said("A") + said("B"), False),
+    "the same key twice": ('{"reason": "", "verdict": "A", "verdict": "B"}', False),
+    "both": (said("Both"), False),
+    "no reason": ('{"verdict": "A"}', False),
+    "BOM": ("\ufeff" + said("A"), False),
+    "half a surrogate pair": ("\ud83d", False),
+    "NUL": ("\x00", False),
 }
 
 
-@pytest.mark.parametrize("name", REPLIES)
-def test_a_reply_has_one_clear_verdict_or_none(name):
-    text, verdict = REPLIES[name]
-    reply = Reply(text=text, input_tokens=3, output_tokens=2)
-    if verdict is None:
-        with pytest.raises(Unparsable) as caught:
-            read(reply, "m", (2, 0), "t")
-        assert caught.value.reason in ("not_json", "no_verdict")
-        assert caught.value.raw == text
-        assert len(caught.value.detail) < 200
-    else:
-        found = read(reply, "m", (2, 0), "t")
-        assert found.scores == {"A": (1, 0), "B": (0, 1), "tie": (0.5, 0.5)}[verdict]
-        assert (found.shown, found.raw, found.judge, found.template) == ((2, 0), text, "m", "t")
-        assert (found.input_tokens, found.output_tokens) == (3, 2)
-        # It can be written down: as JSON, and as UTF-8.
-        assert type(found).model_validate_json(found.model_dump_json()) == found
-
-
-ON_THE_WIRE = ("tie", "fenced as json", "half a surrogate pair in the reason", "empty", "prose")
-ON_THE_WIRE += ("two objects", "the same key twice", "both", "BOM", "half a surrogate pair", "NUL")
-
-
 @pytest.mark.parametrize("name", ON_THE_WIRE)
-def test_what_reads_as_no_verdict_is_a_failure_of_the_row(name, tmp_path):
-    text, verdict = REPLIES[name]
+@pytest.mark.parametrize("enforced", [True, False])
+def test_what_reads_as_no_verdict_is_a_failure_of_the_row(name, enforced, tmp_path):
+    text, is_good = ON_THE_WIRE[name]
     with Endpoint(reply=lambda body: text) as server:
-        models = {"m": served(server.url, "m")}
-        if verdict is None:
-            with pytest.raises(Unparsable, match="0 of 2 verdicts, 1 needed"):
-                judged(TWO, tmp_path, models, need=1)
-        else:
+        models = {"m": served(server.url, "m", json_schema=enforced)}
+        if is_good:
             assert len(judged(TWO, tmp_path, models).verdicts) == 2
+            assert asked(server) == 2
+        else:
+            for _ in range(2):
+                with pytest.raises(Unparsable, match="0 of 2 verdicts, 1 needed"):
+                    judged(TWO, tmp_path, models, need=1)
+            # Each once more with its error, but an empty reply has nothing to be mended.
+            assert asked(server) == (2 if name == "empty" else 4)
 
 
-def test_an_endpoint_that_enforces_schemas_is_given_the_one_of_a_verdict():
-    ask = Judge(judge="m").ask(ROW.prompt, *ROW.responses[:2])
-    sent = wire_request(scripted(json_schema=True), ask)["response_format"]["json_schema"]
-    assert sent["schema"]["required"] == ["reason", "verdict"]
-    assert "response_format" not in wire_request(scripted(), ask)
+def test_a_verdict_that_was_mended_counts_as_any_other(tmp_path):
+    with Endpoint(pinvalid=1) as server:
+        made = judged(ROW, tmp_path, {"m": served(server.url, "m", json_schema=True)})
+        assert asked(server) == 12
+    assert made.failures == ()
+    assert {verdict.shown for verdict in made.verdicts} == BOTH_ORDERS
+    assert all(json.loads(verdict.raw)["verdict"] in "ABtie" for verdict in made.verdicts)
+
+
+def test_an_endpoint_that_enforces_schemas_is_given_the_one_of_a_verdict(tmp_path):
+    bodies = []
+
+    def reply(body):
+        bodies.append(body)
+        return said("A")
+
+    with Endpoint(reply=reply) as server:
+        for enforced in (True, False):
+            models = {"m": served(server.url, "m", json_schema=enforced)}
+            judged(TWO, tmp_path / str(enforced), models)
+    schema = bodies[0]["response_format"]["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["reason", "verdict"]
+    assert schema["properties"]["verdict"]["enum"] == ["A", "B", "tie"]
+    assert "response_format" not in bodies[2]
+    assert '"enum":["A","B","tie"]' in bodies[2]["messages"][-1]["content"]
 
 
 def test_candidates_become_judged_without_a_verdict():

@@ -10,7 +10,7 @@ from steps_kit import each, prompt, scripted, served
 from datakit.annotation.respond import Respond, read
 from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
 from datakit.models.chat import Reply, wire_request
-from datakit.models.ledger import Entry, Ledger
+from datakit.models.ledger import Entry, Ledger, answer_of
 from datakit.models.specs import OpenAISpec, Sampling
 from datakit.records import Message, Prompt
 from datakit.session import Watch
@@ -162,10 +162,10 @@ def test_a_transient_failure_counts_before_a_lasting_one(tmp_path):
 def recorded(folder, reply):
     """A model that answers the only request from a record."""
     spec = OpenAISpec(kind="openai", model="old")
-    ask = Respond(models=("m",)).ask(ROW, 0)
-    request = wire_request(spec, ask)
+    request = wire_request(spec, Respond(models=("m",)).ask(ROW, 0))
     with Ledger.opened(folder / "state") as ledger:
-        ledger.put(Entry(model=spec.resolved_identity(), request=request, reply=reply))
+        entry = Entry(model=spec.resolved_identity(), request=request, reply=reply)
+        ledger.put([answer_of(entry)])
     return {"m": spec}
 
 

@@ -1,19 +1,20 @@
 """The fake that ships: a pure function of the request, with opinions that keep to the text."""
 
 import asyncio
+import copy
 import json
 from enum import Enum
 from typing import Annotated, Literal
 
 import jsonschema
 import pytest
+from models_kit import say
 from pydantic import BaseModel, Field
 
 from datakit.errors import InputError
-from datakit.models.chat import Ask
+from datakit.models.chat import Ask, request_of
 from datakit.models.scripted import Scripted
 from datakit.models.specs import Sampling, ScriptedSpec
-from datakit.records import Message
 
 VERDICT = {
     "type": "object",
@@ -23,12 +24,10 @@ VERDICT = {
 TEXTS = ["short", "a longer text", "1 + 1 = 2", "Naïve 🙂 text\nof two lines", ""]
 
 
-def chat(text="What is 1 + 1?", **fields):
-    return Ask(messages=(Message(role="user", content=text),), **fields)
-
-
-def reply(ask, **spec):
-    return asyncio.run(Scripted(ScriptedSpec(kind="scripted", **spec)).answer(ask))
+def reply(ask, **fields):
+    spec = ScriptedSpec(kind="scripted", **fields)
+    request = request_of(spec, spec.resolved_identity(), ask)
+    return asyncio.run(Scripted(spec).answer(request))
 
 
 def shown(a, b, tail=""):
@@ -40,7 +39,7 @@ def shown(a, b, tail=""):
 
 def preferred(a, b, **how):
     """The text of the answer that the script prefers."""
-    verdict = json.loads(reply(chat(shown(a, b, **how), answer_schema=VERDICT)).text)["verdict"]
+    verdict = json.loads(reply(say(shown(a, b, **how), answer_schema=VERDICT)).text)["verdict"]
     return {"A": a, "B": b}[verdict]
 
 
@@ -49,30 +48,30 @@ def preferred(a, b, **how):
 
 @pytest.mark.parametrize(
     "ask",
-    [chat(), chat("x" * 9), Ask(prefix="Once upon"), chat(answer_schema=VERDICT), Ask(prefix="")],
+    [say(), say("x" * 9), Ask(prefix="Once upon"), say(answer_schema=VERDICT), Ask(prefix="")],
 )
 def test_the_same_request_has_the_same_answer(ask):
-    assert reply(ask) == reply(ask.model_copy(deep=True))
+    assert reply(ask) == reply(copy.deepcopy(ask))
 
 
 @pytest.mark.parametrize(
     ("ask", "spec"),
     [
-        (chat("What is 2 + 2?"), {}),
-        (chat(draw=1), {}),
-        (chat(sampling=Sampling(temperature=0.5)), {}),
+        (say("What is 2 + 2?"), {}),
+        (say(draw=1), {}),
+        (say(sampling=Sampling(temperature=0.5)), {}),
         (Ask(prefix="What is 1 + 1?"), {}),
-        (chat(), {"model": "another"}),
-        (chat(), {"revision": "2"}),
-        (chat(), {"sampling": Sampling(seed=1)}),
+        (say(), {"model": "another"}),
+        (say(), {"revision": "2"}),
+        (say(), {"sampling": Sampling(seed=1)}),
     ],
 )
 def test_another_request_or_model_has_another_answer(ask, spec):
-    assert reply(ask, **spec).text != reply(chat()).text
+    assert reply(ask, **spec).text != reply(say()).text
 
 
 def test_an_answer_is_whole_and_counts_its_words():
-    given = reply(chat())
+    given = reply(say())
     assert given.finish_reason == "stop"
     assert given.output_tokens == len(given.text.split()) >= 12
     assert given.input_tokens > 0
@@ -89,7 +88,7 @@ def test_a_verdict_keeps_to_the_text_when_the_order_is_swapped(a, b, tail):
 
 
 def test_both_places_are_preferred_at_times():
-    asks = [chat(shown(f"text {n}", f"other {n}"), answer_schema=VERDICT) for n in range(20)]
+    asks = [say(shown(f"text {n}", f"other {n}"), answer_schema=VERDICT) for n in range(20)]
     assert {json.loads(reply(ask).text)["verdict"] for ask in asks} == {"A", "B"}
 
 
@@ -107,7 +106,7 @@ def test_tags_inside_a_text_do_not_sway_a_verdict_under_longer_tags(hostile):
 
 
 def test_without_labelled_texts_the_first_choice_is_taken():
-    assert json.loads(reply(chat(answer_schema=VERDICT)).text)["verdict"] == "A"
+    assert json.loads(reply(say(answer_schema=VERDICT)).text)["verdict"] == "A"
 
 
 # Answers to a schema
@@ -167,12 +166,12 @@ class Places(BaseModel):
     ids=lambda schema: schema.get("title", next(iter(schema), "anything")),
 )
 def test_the_answer_to_a_schema_is_valid(schema):
-    answer = json.loads(reply(chat(answer_schema=schema)).text)
+    answer = json.loads(reply(say(answer_schema=schema)).text)
     jsonschema.validate(answer, schema)
 
 
 def test_a_schema_is_answered_with_no_more_than_it_requires():
-    answer = json.loads(reply(chat(answer_schema=Tree.model_json_schema())).text)
+    answer = json.loads(reply(say(answer_schema=Tree.model_json_schema())).text)
     assert set(answer) == {"root", "names", "either"}
     assert len(answer["root"]["leaves"]) == 2
     assert answer["root"]["twigs"] == []
@@ -192,7 +191,7 @@ def own_script(tmp_path, monkeypatch):
 
 
 def test_a_script_of_ones_own_gets_the_request_and_the_draw(own_script):
-    given = reply(chat("be loud", draw=3), script=f"{own_script}:shout")
+    given = reply(say("be loud", draw=3), script=f"{own_script}:shout")
     assert given.text == "BE LOUD 3"
     assert given.finish_reason == "stop"
 
@@ -203,5 +202,5 @@ def test_a_script_of_ones_own_gets_the_request_and_the_draw(own_script):
 )
 def test_a_script_that_cannot_be_found_is_an_input_error_that_names_it(script):
     with pytest.raises(InputError, match="module:function") as raised:
-        reply(chat(), script=script)
+        reply(say(), script=script)
     assert repr(script) in str(raised.value)

@@ -31,9 +31,11 @@ from datakit.records import (
     to_frame,
 )
 from datakit.report.card import code, inert, render_card
-from datakit.report.figures import bin_edges, judge_figures, summary, wilson
+from datakit.report.figures import bin_edges, judge_figures, summary, verdict_lines, wilson
 from datakit.report.numbers import gate, lookup, report_numbers
 from datakit.report.page import duels, percent, render_page, short_number
+from datakit.report.samples import samples
+from datakit.report.tally import Tally
 from datakit.verdicts import first_share, flip_share, mean_scores
 from datakit.versions import Manifest, ModelCard, Parent, PublishedFile, StepCount
 
@@ -126,8 +128,23 @@ def step(alias, rows_in, kept, unanswered=0, failed=0, **reasons):
     )
 
 
+def numbers_of(kind, rows, judged=None, funnel=(), part=7):
+    """The report of a table that comes in parts."""
+
+    def find(table):
+        return lambda ids: table.filter(pl.col("id").is_in(ids))
+
+    tally = Tally(kind)
+    for frame in rows.iter_slices(part):
+        tally.add(frame)
+    for frame in () if judged is None else judged.iter_slices(part):
+        tally.add_judged(frame)
+    shown = samples(tally, find(rows), None if judged is None else find(judged))
+    return report_numbers(tally, shown, funnel)
+
+
 def report_of(pairs, judged, funnel=()):
-    return report_numbers(Pair, to_frame(Pair, pairs), Judged, to_frame(Judged, judged), funnel)
+    return numbers_of(Pair, to_frame(Pair, pairs), to_frame(Judged, judged), funnel)
 
 
 def manifest_of(report, **changes):
@@ -296,7 +313,7 @@ def test_flips_over_three_responses_equal_the_estimator():
         responses = tuple(Response(text=f"{place} {i}") for i in range(3))
         rows.append(Judged(prompt=user("p"), responses=responses, verdicts=tuple(verdicts)))
         flips += round(3 * flip_share(verdicts))
-    found = judge_figures(to_frame(Judged, rows))["flip_share"]
+    found = judge_figures(verdict_lines(to_frame(Judged, rows), 0))["flip_share"]
     assert found["n"] == 60
     assert found["share"] * 60 == pytest.approx(flips)
 
@@ -304,7 +321,7 @@ def test_flips_over_three_responses_equal_the_estimator():
 def test_ratings_are_verdicts_but_neither_ties_nor_flips():
     rating = Verdict(judge="j", template="t", form="rating", shown=(0,), scores=(7.0,))
     row = Judged(prompt=user("p"), responses=(Response(text="a"),), verdicts=(rating,))
-    found = judge_figures(to_frame(Judged, [row]))
+    found = judge_figures(verdict_lines(to_frame(Judged, [row]), 0))
     assert (found["verdicts"], found["forms"]) == (1, {"rating": 1})
     assert found["tie_share"]["n"] == found["first_share"]["n"] == found["flip_share"]["n"] == 0
 
@@ -416,7 +433,7 @@ def rows_of(kind):
 @pytest.mark.parametrize("empty", [True, False])
 def test_every_kind_renders_with_one_row_and_with_none(kind, empty):
     rows = [] if empty else rows_of(kind)
-    report = report_numbers(kind, to_frame(kind, rows), None, None, [])
+    report = numbers_of(kind, to_frame(kind, rows))
     assert report["rows"] == report["prompts"] == len(rows)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     manifest = manifest_of(report, parent=None, limit=5, gate={}, models={})
@@ -731,4 +748,4 @@ def test_duels_join_both_directions():
 
 def test_the_report_needs_no_more_than_the_schema():
     frame = pl.concat([to_frame(Pair, rows_of(Pair)), pl.DataFrame(schema=Pair.table_schema())])
-    assert report_numbers(Pair, frame, Candidates, None, [])["judge"]["verdicts"] == 0
+    assert numbers_of(Pair, frame)["judge"]["verdicts"] == 0
