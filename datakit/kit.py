@@ -122,7 +122,14 @@ class Kit:
 
         Any other error is raised, once all have ended: what was asked is in the ledger by then.
         """
-        found = await asyncio.gather(*jobs, return_exceptions=True)
+        waiting = list(jobs)
+        if len(waiting) == 1:
+            # No task of its own: it would cost as much as the rest of a cheap call.
+            try:
+                return [await waiting[0]]
+            except RowError as error:
+                return [error]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
         errors = [one for one in found if isinstance(one, BaseException)]
         fatal = [one for one in errors if not isinstance(one, RowError)]
         if fatal:

@@ -1,13 +1,18 @@
 """Running coroutines to their end: the first error counts, and a signal stops them cleanly."""
 
 import asyncio
+import contextlib
+import gc
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_ALLOCATIONS = 50_000
+"""New objects between two searches, of some hundred bytes each."""
+
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -52,6 +57,19 @@ def _handlers() -> dict[int, Handler]:
         return {}
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     return {number: handler for number, handler in found.items() if callable(handler)}
+
+
+@contextlib.contextmanager
+def rare_collections() -> Generator[None]:
+    """Look for garbage seldom: rows and requests hold no cycles, and the search takes a third of
+    the time where there are many of them. Counting references frees them as ever.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(_ALLOCATIONS, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 async def gather(tasks: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

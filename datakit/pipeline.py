@@ -7,6 +7,7 @@ from typing import Any
 
 from datakit.engine import Spread, execute
 from datakit.errors import InputError
+from datakit.loop import rare_collections
 from datakit.models.budget import Budget
 from datakit.models.chat import ChatModel
 from datakit.models.identity import default_state
@@ -60,8 +61,9 @@ def run(
         max_tokens=max_tokens,
         finish_partial=finish_partial,
     )
-    markers = execute(loaded, settings, spread or here(watch, models), lanes)
-    version, is_new = release(loaded, settings, markers)
+    with rare_collections():
+        markers = execute(loaded, settings, spread or here(watch, models), lanes)
+        version, is_new = release(loaded, settings, markers)
     watch.released(version, is_new)
     return version
 

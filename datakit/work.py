@@ -12,7 +12,7 @@ import polars as pl
 from datakit.engine import Markers, Work
 from datakit.errors import BugError, Pending, Rejected, RowError, blamed
 from datakit.kit import Kit
-from datakit.loop import gather, run_in_loop
+from datakit.loop import gather, rare_collections, run_in_loop
 from datakit.models.chat import ChatModel
 from datakit.models.specs import ChatSpec
 from datakit.recipe import PlacedStep
@@ -59,7 +59,10 @@ def perform(
 
     def whole() -> Markers:
         steps = [one.step for one in work.steps]
-        with Session(work.settings, steps, listener, models, work.lanes) as session:
+        with (
+            rare_collections(),
+            Session(work.settings, steps, listener, models, work.lanes) as session,
+        ):
             if isinstance(work.steps[0].step, TableStep):
                 # Needs no loop, and is long: without one, a signal strikes at once.
                 return [[_Worker(work, session).table()]]

@@ -77,20 +77,15 @@ def test_what_is_spent_and_held_never_passes_the_cap(cap, caps_tokens, wants, se
             ledgers = [Ledger(Path(folder)) for _ in range(2)]
             shares = [Allowance(budget, one, "recipe", "run-1") for one in ledgers]
             held = used = 0.0
-            refused = []
 
             async def one(number, want, share):
                 nonlocal held, used
                 allowance = shares[number % 2]
                 whole = (want, want * 16)
-                cost = (want * share, int(want * share * 16)) if not caps_tokens else (0.0, 0)
-                if caps_tokens:
-                    cost = (want * share, int(whole[1] * share))
+                cost = (want * share, int(want * share * 16))
                 try:
                     await allowance.hold(*whole)
-                except Pending as pending:
-                    assert pending.reason == "budget"
-                    refused.append(want)
+                except Pending:
                     return
                 held += want
                 assert held + used <= cap
@@ -106,9 +101,6 @@ def test_what_is_spent_and_held_never_passes_the_cap(cap, caps_tokens, wants, se
 
             await asyncio.gather(*(one(n, *pair) for n, pair in enumerate(wants)))
             for allowance in shares:
-                assert allowance.is_spent is bool(refused) or not all(
-                    each.is_spent is bool(refused) for each in shares
-                )
                 allowance.close()
             assert leased(ledgers[0], scope) == (0, 0)
             assert spent(ledgers[0], scope)[caps_tokens] == (used * 16 if caps_tokens else used)
@@ -145,7 +137,6 @@ def test_who_asks_for_more_than_is_left_waits_for_what_is_under_way(ledger):
     in_loop(work)
 
 
-@pytest.mark.xfail(strict=True, raises=TimeoutError, reason="rests of floats count as being held")
 def test_no_one_waits_where_nothing_is_under_way(ledger):
     async def work():
         allowance = Allowance(Budget(max_usd=1), ledger, "recipe", "run-1")
@@ -204,7 +195,7 @@ def spends(folder, name, barrier, found):
     async def work():
         with Ledger.opened(folder) as ledger:
             allowance = Allowance(Budget(max_usd=2, per="total"), ledger, "recipe", name)
-            barrier.wait()
+            barrier.wait(60)
             count = 0
             try:
                 while True:
@@ -219,20 +210,20 @@ def spends(folder, name, barrier, found):
     found.put(asyncio.run(work()))
 
 
-def test_processes_together_stay_below_one_cap(tmp_path):
+def test_processes_together_stay_below_one_cap(tmp_path, ledger):
     context = multiprocessing.get_context("spawn")
     barrier, found = context.Barrier(2), context.Queue()
     workers = [
-        context.Process(target=spends, args=(tmp_path, name, barrier, found)) for name in "ab"
+        context.Process(target=spends, args=(tmp_path, name, barrier, found), daemon=True)
+        for name in "ab"
     ]
     for worker in workers:
         worker.start()
     counts = [found.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join()
-    with Ledger.opened(tmp_path) as ledger:
-        usd, tokens = spent(ledger, "recipe total")
-        assert leased(ledger, "recipe total") == (0, 0)
+    usd, tokens = spent(ledger, "recipe total")
+    assert leased(ledger, "recipe total") == (0, 0)
     assert usd == sum(counts) * 0.015625
     assert tokens == sum(counts) * 5
     assert 1.8 <= usd <= 2
@@ -243,7 +234,7 @@ def holds_and_hangs(folder, held):
         with Ledger.opened(folder) as ledger:
             await Allowance(Budget(max_usd=1), ledger, "recipe", "run-1").hold(1, 0)
             held.set()
-            time.sleep(60)
+            await asyncio.sleep(60)
 
     asyncio.run(work())
 
@@ -251,7 +242,7 @@ def holds_and_hangs(folder, held):
 def test_what_a_killed_process_had_leased_is_free_again(tmp_path, ledger):
     context = multiprocessing.get_context("spawn")
     held = context.Event()
-    worker = context.Process(target=holds_and_hangs, args=(tmp_path, held))
+    worker = context.Process(target=holds_and_hangs, args=(tmp_path, held), daemon=True)
     worker.start()
     assert held.wait(60)
 
@@ -332,7 +323,7 @@ def paid(folder):
 
 
 def test_a_whole_run_stops_at_its_cap_and_the_next_sends_nothing_again(tmp_path):
-    with Endpoint(latency="fixed:0.005") as endpoint:
+    with Endpoint(latency="fixed:0.005", reply=lambda body: "two words") as endpoint:
         capped = recipe(endpoint.url)
         with pytest.raises(Stopped, match=r"the budget of \$4\.00 for this run is spent"):
             run(tmp_path, capped, max_usd=4)
@@ -348,7 +339,7 @@ def test_a_whole_run_stops_at_its_cap_and_the_next_sends_nothing_again(tmp_path)
 
 
 def test_a_cap_for_all_runs_lets_the_next_run_send_nothing_until_it_is_raised(tmp_path):
-    with Endpoint() as endpoint:
+    with Endpoint(reply=lambda body: "two words") as endpoint:
         for _ in range(2):
             with pytest.raises(Stopped, match="for this total is spent"):
                 run(tmp_path, recipe(endpoint.url, 60, budget={"max_tokens": 150, "per": "total"}))
@@ -359,7 +350,7 @@ def test_a_cap_for_all_runs_lets_the_next_run_send_nothing_until_it_is_raised(tm
 
 
 def test_dollars_without_a_known_price_are_refused_before_any_call(tmp_path):
-    with Endpoint() as endpoint:
+    with Endpoint(reply=lambda body: "two words") as endpoint:
         unknown = recipe(endpoint.url, 5, {"price": None})
         with pytest.raises(InputError, match=r"models\.m \('any'\).*price"):
             run(tmp_path, unknown, max_usd=1)

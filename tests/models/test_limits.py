@@ -359,15 +359,18 @@ def test_what_was_used_beyond_the_estimate_is_paid_for_by_those_who_follow(
 
 
 def taken_at_once(folder, limits, for_s, barrier, found):
-    barrier.wait()
+    barrier.wait(60)
     found.put(taken(folder, limits, for_s))
 
 
 def test_two_processes_together_stay_below_one_limit(tmp_path):
+    Ledger(tmp_path).close()
     context = multiprocessing.get_context("spawn")
     barrier, found = context.Barrier(2), context.Queue()
     more = (tmp_path, Limits(requests=1_200), 1.5, barrier, found)
-    workers = [context.Process(target=taken_at_once, args=more) for _ in range(2)]
+    workers = [
+        context.Process(target=taken_at_once, args=more, daemon=True) for _ in range(2)
+    ]
     for worker in workers:
         worker.start()
     counts = [found.get(timeout=60) for _ in workers]
