@@ -5,6 +5,7 @@ import contextlib
 import gc
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
@@ -59,10 +60,42 @@ def _handlers() -> dict[int, Handler]:
     return {number: handler for number, handler in found.items() if callable(handler)}
 
 
+class Room:
+    """How much may be under way: who comes waits, in order, while there is nothing left."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def enter(self, count: int) -> None:
+        """Take `count`; waits while nothing is left, and may take more than is left."""
+        if self._left > 0 and not self._waiting:
+            self.add(count)
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, future))
+        await future
+
+    def add(self, count: int) -> None:
+        """Take `count` without waiting."""
+        self._left -= count
+
+    def leave(self, count: int) -> None:
+        """Give `count` back, and let in who waits."""
+        self._left += count
+        while self._left > 0 and self._waiting:
+            wanted, future = self._waiting.popleft()
+            if not future.done():
+                self.add(wanted)
+                future.set_result(None)
+
+
 @contextlib.contextmanager
 def rare_collections() -> Generator[None]:
-    """Look for garbage seldom: rows and requests hold no cycles, and the search takes a third of
-    the time where there are many of them. Counting references frees them as ever.
+    """Look for garbage seldom while this lasts.
+
+    Rows and requests hold no cycles, and the search takes a third of the time where there are many
+    of them. Counting references frees them as ever.
     """
     before = gc.get_threshold()
     gc.set_threshold(_ALLOCATIONS, 20, 20)

@@ -1,7 +1,6 @@
 """Doing a Work: its steps over its parts, in one event loop with one window of requests."""
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import polars as pl
 from datakit.engine import Markers, Work
 from datakit.errors import BugError, Pending, Rejected, RowError, blamed
 from datakit.kit import Kit
-from datakit.loop import gather, rare_collections, run_in_loop
+from datakit.loop import Room, gather, rare_collections, run_in_loop
 from datakit.models.chat import ChatModel
 from datakit.models.specs import ChatSpec
 from datakit.recipe import PlacedStep
@@ -108,10 +107,9 @@ class _Worker:
             for role in {role for one in work.steps for _, role, _ in roles(one.step)}
             if isinstance(spec := work.settings.models[role], ChatSpec)
         )
-        # Enough rows to keep every window full while parts end, and no more: memory stays flat.
-        self.open_parts = asyncio.Semaphore(
-            max(2, math.ceil(2 * window / work.settings.rows_per_part))
-        )
+        # Enough unfinished rows to keep every window full, and no more: memory stays flat. Counted
+        # in rows, because the slowest row of a part holds it open long after the others.
+        self.room = Room(max(2 * window, work.settings.rows_per_part + 1))
 
     # -- sources ---------------------------------------------------------------------------------
 
@@ -179,23 +177,26 @@ class _Worker:
         """One part through all steps; ends early where nothing is left of it."""
         dones: list[Done] = []
         kind = KINDS[self.work.kind]
-        async with self.open_parts:
-            for position, placed in enumerate(self.work.steps):
-                if position:
-                    self.watch.step_begins(placed.alias, chunk.rows)
-                kit = self.session.kit(placed.alias, position)
-                gives = placed.step.gives(kind)
-                key = part_key(placed, kind.__name__, [chunk.digest], self.settings, kit)
-                done = self.store.find(key)
-                if done is None or done.status == "partial":
-                    done = await self._row_part(placed, kind, gives, chunk, key, kit)
-                if done.status != "pending":
-                    self.watch.part_done(done)
-                dones.append(done)
-                kind = gives
-                if not done.chunks:
-                    break
-                chunk = done.chunks[0]
+        await self.room.enter(chunk.rows)
+        for position, placed in enumerate(self.work.steps):
+            if position:
+                self.room.add(chunk.rows)
+                self.watch.step_begins(placed.alias, chunk.rows)
+            kit = self.session.kit(placed.alias, position)
+            gives = placed.step.gives(kind)
+            key = part_key(placed, kind.__name__, [chunk.digest], self.settings, kit)
+            done = self.store.find(key)
+            if done is None or done.status == "partial":
+                done = await self._row_part(placed, kind, gives, chunk, key, kit)
+            else:
+                self.room.leave(chunk.rows)
+            if done.status != "pending":
+                self.watch.part_done(done)
+            dones.append(done)
+            kind = gives
+            if not done.chunks:
+                break
+            chunk = done.chunks[0]
         return dones
 
     async def _row_part(
@@ -209,15 +210,40 @@ class _Worker:
     ) -> Done:
         """One step over one part."""
         if self.session.is_spent and isinstance(placed.step, RowStep):
+            self.room.leave(chunk.rows)
             return Done.pending(key, placed.alias, placed.name, chunk.rows, {"budget": chunk.rows})
-        frame = self.store.read(chunk)
         if isinstance(placed.step, FrameStep):
+            frame = self.store.read(chunk)
             kept, drops = decided(frame, _apply(placed, frame, kit), placed.alias, kind)
-        else:
-            kept, drops = await self._each(placed, kind, gives, frame, kit)
+            self.room.leave(chunk.rows)
+            return self._saved(placed, gives, key, frame, kept, drops)
+
+        def rows() -> tuple[pl.DataFrame, list[Record]]:
+            frame = self.store.read(chunk)
+            return frame, from_frame(kind, frame)
+
+        def saved() -> Done:
+            kept, drops = _tables(gives, results)
             pending = self._pending(drops)
             if pending:
                 return Done.pending(key, placed.alias, placed.name, frame.height, pending)
+            return self._saved(placed, gives, key, frame, kept, drops)
+
+        # Tables are read and written beside the event loop: while it stands still, hundreds of
+        # answers wait and no request goes out.
+        frame, records = await asyncio.to_thread(rows)
+        results = await gather([self._each(placed, row, kit) for row in records])
+        return await asyncio.to_thread(saved)
+
+    def _saved(
+        self,
+        placed: PlacedStep,
+        gives: type[Record],
+        key: str,
+        frame: pl.DataFrame,
+        kept: pl.DataFrame,
+        drops: pl.DataFrame,
+    ) -> Done:
         conserve(placed.alias, frame, kept, drops)
         return self.store.save(
             key, placed.alias, placed.name, gives.__name__, frame.height, [kept], [drops]
@@ -230,38 +256,26 @@ class _Worker:
         waiting = drops.filter(pl.col("kind") == Pending.__name__)["reason"]
         return dict(waiting.value_counts().iter_rows())
 
-    async def _each(
-        self,
-        placed: PlacedStep,
-        kind: type[Record],
-        gives: type[Record],
-        frame: pl.DataFrame,
-        kit: Kit,
-    ) -> tuple[pl.DataFrame, pl.DataFrame]:
+    async def _each(self, placed: PlacedStep, row: Record, kit: Kit) -> list[Record] | Dropped:
+        """One row through one step: what it becomes, or why it is dropped."""
         step = placed.step
         assert isinstance(step, RowStep)
-
-        async def one(row: Record) -> list[Record] | Dropped:
-            try:
-                with blamed(placed.alias, f"on row {row.id}"):
-                    made = await step.each(row, kit)
-                    if not made:
-                        raise BugError(
-                            f"step {placed.alias!r} returned nothing for row {row.id}; a row that "
-                            "does not belong raises Rejected"
-                        )
-                    return [derived(one, [row], placed.alias, i) for i, one in enumerate(made)]
-            except RowError as error:
-                return drop_of(row, error)
-            except Pending as error:
-                return _unfinished(row, error)
-            finally:
-                self.watch.row_done(placed.alias)
-
-        results = await gather([one(row) for row in from_frame(kind, frame)])
-        kept = [row for result in results if isinstance(result, list) for row in result]
-        drops = [result for result in results if isinstance(result, dict)]
-        return to_frame(gives, kept), dropped_frame(drops)
+        try:
+            with blamed(placed.alias, f"on row {row.id}"):
+                made = await step.each(row, kit)
+                if not made:
+                    raise BugError(
+                        f"step {placed.alias!r} returned nothing for row {row.id}; a row that "
+                        "does not belong raises Rejected"
+                    )
+                return [derived(one, [row], placed.alias, i) for i, one in enumerate(made)]
+        except RowError as error:
+            return drop_of(row, error)
+        except Pending as error:
+            return _unfinished(row, error)
+        finally:
+            self.room.leave(1)
+            self.watch.row_done(placed.alias)
 
     # -- whole groups ----------------------------------------------------------------------------
 
@@ -290,8 +304,10 @@ class _Worker:
         key = part_key(placed, kind.__name__, digests, self.settings, kit)
         done = self.store.find(key)
         if done is None or done.status == "partial":
-            async with self.open_parts:
-                results = await gather([self._group(placed, kind, group, kit) for group in groups])
+            rows = sum(group.height for group in groups)
+            await self.room.enter(rows)
+            results = await gather([self._group(placed, kind, group, kit) for group in groups])
+            self.room.leave(rows)
             kept = to_frame(gives, [row for rows, _ in results for row in rows])
             drops = dropped_frame([drop for _, dropped in results for drop in dropped])
             frame = pl.concat(groups)
@@ -395,6 +411,15 @@ class _Worker:
             drops.append(dropped)
             if kept.height:
                 yield kept
+
+
+def _tables(
+    gives: type[Record], results: Sequence[list[Record] | Dropped]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What rows became, and what was dropped."""
+    kept = [row for result in results if isinstance(result, list) for row in result]
+    drops = [result for result in results if isinstance(result, dict)]
+    return to_frame(gives, kept), dropped_frame(drops)
 
 
 def _unfinished(row: Record, error: Pending) -> Dropped:

@@ -1,14 +1,9 @@
-"""How many requests are under way, at which address, and how many in a minute."""
+"""How many requests are under way, and at which address; `test_rates` has those of a minute."""
 
 import asyncio
-import multiprocessing
-import os
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from endpoint import Endpoint
@@ -16,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_kit import answers, openai, say, within
 
-from datakit.models.ledger import Ledger
-from datakit.models.limits import FIRST_WINDOW, Place, Pool, RateLimits, seconds_of
-from datakit.models.specs import Limits, Sampling
+from datakit.models.limits import FIRST_WINDOW, Place, Pool
 
 ONE, TWO = "http://one/v1", "http://two/v1"
 
@@ -180,14 +173,15 @@ def test_a_window_that_is_not_used_does_not_grow():
     assert place.window == 32
 
 
+@pytest.mark.slow
 def test_a_window_grows_at_an_endpoint_that_bears_it_and_halves_at_one_that_does_not(tmp_path):
-    asks = [say(f"question {number}") for number in range(600)]
+    asks = [say(f"question {number}") for number in range(400)]
     with Endpoint(latency="fixed:0.1") as endpoint:
         answers(tmp_path / "1", openai(endpoint.url), asks)
-        assert FIRST_WINDOW < endpoint.stats()["max_in_flight"] <= 512
+        assert endpoint.stats()["max_in_flight"] > FIRST_WINDOW
     with Endpoint(latency="fixed:0.02", p429=0.3, retry_after=0) as endpoint:
         found = answers(tmp_path / "2", openai(endpoint.url, retries=60), asks[:100])
-        assert endpoint.stats()["max_in_flight"] <= FIRST_WINDOW + 1
+        assert endpoint.stats()["max_in_flight"] <= 1.5 * FIRST_WINDOW
     assert not [one for one in found if isinstance(one, Exception)]
 
 
@@ -238,7 +232,7 @@ def test_who_waits_goes_to_the_address_that_is_back_first():
         for _ in range(2):
             two.refused(time.monotonic(), 0.1)
             pool.give(two)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(1):
             assert await second is two
 
     in_loop(work)
@@ -292,182 +286,3 @@ def test_of_two_endpoints_one_may_go_and_come_back(tmp_path, monkeypatch):
     assert sum(shares) == 200
     assert min(shares) >= 70
     assert back >= 40
-
-
-# Requests and tokens in a minute
-
-
-def taken(folder, limits, for_s, tokens=(0, 0)):
-    """How many permits are had in so many seconds by twenty askers."""
-
-    async def work():
-        with Ledger.opened(folder) as ledger:
-            rates, count = RateLimits(limits, "m", ledger), 0
-
-            async def asker():
-                nonlocal count
-                while True:
-                    await rates.permit(*tokens)
-                    count += 1
-
-            running = [asyncio.create_task(asker()) for _ in range(20)]
-            await asyncio.sleep(for_s)
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            return count
-
-    return asyncio.run(work())
-
-
-@pytest.mark.parametrize(
-    ("limits", "tokens", "a_second"),
-    [
-        (Limits(requests=1_200), (0, 0), 20),
-        (Limits(tokens=60_000), (30, 20), 20),
-        (Limits(input_tokens=60_000), (50, 9_999), 20),
-        (Limits(output_tokens=60_000), (9_999, 50), 20),
-        (Limits(requests=1_200, tokens=600), (1, 0), 10),
-        # One request is larger than what a second gives.
-        (Limits(tokens=600), (15, 15), 1 / 3),
-    ],
-    ids=["requests", "tokens", "input", "output", "the lower of both", "large requests"],
-)
-def test_a_limit_holds_at_a_steady_pace_with_a_second_to_begin_with(
-    tmp_path, limits, tokens, a_second
-):
-    for_s = 1.5
-    found = taken(tmp_path, limits, for_s, tokens)
-    most = a_second * (for_s + 1) + 1
-    assert 0.6 * (most - 2) <= found <= most
-
-
-@pytest.mark.parametrize(("beyond", "expected_s"), [(0, 1.0), (50, 1.9), (-50, 0.0)])
-def test_what_was_used_beyond_the_estimate_is_paid_for_by_those_who_follow(
-    tmp_path, beyond, expected_s
-):
-    async def work():
-        with Ledger.opened(tmp_path) as ledger:
-            rates = RateLimits(Limits(tokens=24_000), "m", ledger)
-            began = time.monotonic()
-            for _ in range(8):
-                await rates.permit(60, 40)
-                rates.settle(beyond, 0)
-            return time.monotonic() - began
-
-    assert in_loop(work) == pytest.approx(expected_s, abs=0.25)
-
-
-def taken_at_once(folder, limits, for_s, barrier, found):
-    barrier.wait(60)
-    found.put(taken(folder, limits, for_s))
-
-
-def test_two_processes_together_stay_below_one_limit(tmp_path):
-    Ledger(tmp_path).close()
-    context = multiprocessing.get_context("spawn")
-    barrier, found = context.Barrier(2), context.Queue()
-    more = (tmp_path, Limits(requests=1_200), 1.5, barrier, found)
-    workers = [
-        context.Process(target=taken_at_once, args=more, daemon=True) for _ in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    counts = [found.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert 25 <= sum(counts) <= 20 * 2.5 + 4
-    assert min(counts) > 5
-
-
-RECIPE = """
-name: limited-{number}
-models:
-  m:
-    {{kind: openai, model: any, base_url: "{url}", sampling: {{seed: {number}}},
-    limits: {{requests: 300}}}}
-steps:
-  - {{step: toys.numbers, rows: 15}}
-  - {{step: toys.answer}}
-"""
-
-
-@pytest.mark.slow
-def test_two_runs_that_share_a_state_together_stay_below_one_limit(tmp_path):
-    with Endpoint(rpm=300, quiet_limits=True) as endpoint:
-        runs = []
-        for number in range(2):
-            recipe = tmp_path / f"{number}.yaml"
-            recipe.write_text(RECIPE.format(number=number, url=endpoint.url))
-            where = ["--outputs", str(tmp_path / "outputs"), "--state", str(tmp_path / "state")]
-            command = [sys.executable, "-m", "datakit", "run", str(recipe), *where]
-            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-            runs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
-        assert [(run.communicate(), run.returncode)[1] for run in runs] == [0, 0]
-        stats = endpoint.stats()
-    assert stats["ok"] == stats["requests"] == 30
-    # Five at once, then five a second.
-    assert stats["last_request_at"] - stats["first_request_at"] >= (30 - 5 - 2) / 5
-
-
-def test_a_limit_of_the_recipe_holds_at_the_endpoint(tmp_path):
-    asks = [say(f"question {number}") for number in range(18)]
-    began = time.monotonic()
-    with Endpoint(rpm=300, quiet_limits=True) as endpoint:
-        found = answers(tmp_path, openai(endpoint.url, limits=Limits(requests=300)), asks)
-        assert endpoint.stats()["errors"] == {}
-    assert not [one for one in found if isinstance(one, Exception)]
-    # Five at once, then five a second.
-    assert 2.2 <= time.monotonic() - began < 6
-
-
-def test_a_limit_is_learnt_from_the_headers_of_the_first_reply(tmp_path):
-    asks = [say(f"question {number}") for number in range(18)]
-    began = time.monotonic()
-    with Endpoint(rpm=300) as endpoint:
-        answers(tmp_path, openai(endpoint.url), asks)
-        assert endpoint.stats()["errors"] == {}
-    assert 2.0 <= time.monotonic() - began < 6
-
-
-def test_a_token_limit_is_learnt_from_the_headers(tmp_path):
-    asks = [say(f"{'word ' * 40}{number}") for number in range(30)]
-    began = time.monotonic()
-    with Endpoint(tpm=30_000, reply=lambda body: "two words") as endpoint:
-        answers(tmp_path, openai(endpoint.url, sampling=Sampling(max_tokens=4)), asks)
-        assert endpoint.stats()["errors"] == {}
-    # 43 tokens each, 500 a second.
-    assert 1.2 <= time.monotonic() - began < 6
-
-
-def test_an_endpoint_that_only_refuses_is_left_alone_as_long_as_it_says(tmp_path):
-    asks = [say(f"question {number}") for number in range(250)]
-    began = time.monotonic()
-    with Endpoint(rpm=240, quiet_limits=True) as endpoint:
-        # A minute's worth is there at once, then four a second.
-        found = answers(tmp_path, openai(endpoint.url, retries=12), asks)
-        refused = endpoint.stats()["errors"]["rpm"]
-    assert not [one for one in found if isinstance(one, Exception)]
-    assert refused <= 100
-    assert time.monotonic() - began < 15
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("1s", 1),
-        ("6m0s", 360),
-        ("120ms", 0.12),
-        ("8.64s", 8.64),
-        ("1h2m3.5s", 3723.5),
-        ("7", 7),
-        ("0.5", 0.5),
-        ("", 0),
-        ("soon", 0),
-        ("1d", 0),
-        ("-", 0),
-        ("1.2.3s", 0),
-    ],
-)
-def test_durations_are_read_in_every_dialect(text, seconds):
-    assert seconds_of(text) == pytest.approx(seconds)
