@@ -18,6 +18,7 @@ from datakit.recipe import Recipe, check_trust, load_recipe
 from datakit.release import release
 from datakit.session import Session, Settings, Watch
 from datakit.step import SourceStep, roles
+from datakit.text import dollars
 from datakit.versions import Version
 from datakit.work import perform
 
@@ -88,9 +89,10 @@ def settings_of(
 
     Recorded answers are read in. Raises RecipeError or InputError; nothing is spent.
     """
+    folder = Path(state).resolve() if state else default_state()
     settings = Settings(
         outputs=Path(outputs).resolve(),
-        state=Path(state).resolve() if state else default_state(),
+        state=folder,
         base=recipe.base,
         seed=recipe.seed,
         rows_per_part=recipe.rows_per_part,
@@ -99,7 +101,7 @@ def settings_of(
         finish_partial=finish_partial,
         recipe=recipe.name,
         run=uuid.uuid4().hex[:12],
-        budget=_budget(recipe, max_usd, max_tokens),
+        budget=_budget(recipe, folder, max_usd, max_tokens),
         models=recipe.models,
     )
     settings = settings.model_copy(update={"private": _checked_outside(recipe, settings)})
@@ -107,7 +109,9 @@ def settings_of(
     return settings
 
 
-def _budget(recipe: Recipe, max_usd: float | None, max_tokens: int | None) -> Budget | None:
+def _budget(
+    recipe: Recipe, state: Path, max_usd: float | None, max_tokens: int | None
+) -> Budget | None:
     """The cap of this run. Raises InputError where dollars are capped and a price is not known."""
     budget = recipe.budget
     if max_usd is not None or max_tokens is not None:
@@ -117,9 +121,9 @@ def _budget(recipe: Recipe, max_usd: float | None, max_tokens: int | None) -> Bu
     for placed in recipe.steps:
         for _, role, _ in roles(placed.step):
             spec = recipe.models[role]
-            if isinstance(spec, ChatSpec) and price_of(spec) is None:
+            if isinstance(spec, ChatSpec) and price_of(spec, state) is None:
                 raise InputError(
-                    f"a cap of ${budget.max_usd:,.2f} cannot hold: nobody knows what "
+                    f"a cap of {dollars(budget.max_usd)} cannot hold: nobody knows what "
                     f"models.{role} ({spec.model!r}) costs; give it `price: {{input: USD, "
                     "output: USD}` for a million tokens, or cap tokens instead"
                 )

@@ -90,7 +90,7 @@ def plan_of(
     if sample is not None:
         _send(recipe, outputs, state, sample, max_usd)
     watch, markers, settings = _counted(recipe, outputs, state, "count")
-    rows = _Rows(recipe, markers, *_rehearsed(recipe))
+    rows = _Rows(recipe, settings.state, markers, *_rehearsed(recipe))
     history = _history(settings.state, recipe.name)
     costs: list[Cost] = []
     for placed in recipe.steps:
@@ -109,7 +109,7 @@ def plan_of(
         costs=tuple(costs),
         usd=usd,
         loads=loads,
-        notes=tuple(_notes(recipe, costs)),
+        notes=tuple(_notes(recipe, settings.state, costs)),
     )
 
 
@@ -177,11 +177,13 @@ class _Rows:
     def __init__(
         self,
         recipe: Recipe,
+        state: Path,
         markers: Markers,
         rehearsed: Markers,
         asked: dict[tuple[str, str], _Use],
     ) -> None:
         self._asked = asked
+        self._state = state
         self._entered = [sum(done.rows_in for done in dones) for dones in rehearsed]
         kept = [sum(done.rows for done in dones) for dones in rehearsed]
         share = [out / into if into else 1.0 for out, into in zip(kept, self._entered, strict=True)]
@@ -230,7 +232,7 @@ class _Rows:
             output = (max(0.0, mean - spread), mean, mean + spread)
         tokens_in = _range(size * rate for size, rate in zip(sizes, rates, strict=True))
         tokens_out = _range(count * size for count, size in zip(calls, output, strict=True))
-        price = price_of(spec)
+        price = price_of(spec, self._state)
         return Cost(
             step=alias,
             role=role,
@@ -275,7 +277,7 @@ def _loads(recipe: Recipe) -> list[list[str]]:
     return found
 
 
-def _notes(recipe: Recipe, costs: Sequence[Cost]) -> Iterator[str]:
+def _notes(recipe: Recipe, state: Path, costs: Sequence[Cost]) -> Iterator[str]:
     """What the numbers rest on."""
     assumed = [cost.step for cost in costs if not cost.is_measured and cost.calls[2]]
     if assumed:
@@ -286,7 +288,7 @@ def _notes(recipe: Recipe, costs: Sequence[Cost]) -> Iterator[str]:
     for role in dict.fromkeys(cost.role for cost in costs):
         spec = recipe.models[role]
         assert isinstance(spec, ChatSpec)
-        if price_of(spec) is None:
+        if price_of(spec, state) is None:
             yield (
                 f"no price is known for models.{role} ({spec.model!r}): give it `price: {{input: "
                 "USD, output: USD}` for a million tokens"

@@ -108,7 +108,7 @@ class Session:
         if isinstance(spec, ChatSpec) and role not in self._chats:
             if self._book is None:
                 self._book = self._opened_book()
-            price = price_of(spec)
+            price = price_of(spec, self.settings.state)
             if price is None and given is None:
                 self.watch.meter.is_priced = False
             inner = self._inner(role, spec, given, self._book)
@@ -144,11 +144,11 @@ class Session:
             urls = settings.served.get(role)
             if urls is None:
                 return Closed(name, f"{PHASE}{role}", f"{name} is not up in this pass")
-            return OpenAIChat(spec, urls, book, price_of(spec), self._share)
+            return OpenAIChat(spec, urls, book, price_of(spec, settings.state), self._share)
         assert isinstance(spec, OpenAISpec)
         if spec.mode == "batch":
             return Queued(name, spec, book, settings.run)
-        return OpenAIChat(spec, spec.urls, book, price_of(spec), self._share)
+        return OpenAIChat(spec, spec.urls, book, price_of(spec, settings.state), self._share)
 
     @property
     def is_spent(self) -> bool:

@@ -6,6 +6,7 @@ of another type. Nothing is ever filled in.
 """
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
@@ -38,7 +39,9 @@ def read_answer(text: str, answer: type[A]) -> A:
     if said.startswith(_FENCE) and said.endswith(_FENCE):
         said = said.strip("`").removeprefix("json")
     try:
-        data = json.loads(said, object_pairs_hook=_object)
+        data = json.loads(
+            said, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise Unparsable("invalid_answer", f"not JSON: {shorten(str(error), 80)}", text) from error
     try:
@@ -62,9 +65,21 @@ def repair(ask: Ask, said: str, error: Unparsable) -> Ask:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; one that gives a key two values says nothing certain: ValueError."""
     found = dict(pairs)
-    if any(found[name] != value for name, value in pairs):
+    # As they are spelt: Python takes 1 for true.
+    if len(found) < len(pairs) and any(repr(found[name]) != repr(value) for name, value in pairs):
         raise ValueError("a key has two values")
     return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is too large")
+    return number
 
 
 def _plain(schema: Any, is_schema: bool = True) -> Any:

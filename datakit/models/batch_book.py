@@ -77,7 +77,7 @@ class BatchBook:
         self._recipe = recipe
         self._run = run
         self._budget = budget
-        self._price = price_of(spec) or _FREE
+        self._price = price_of(spec, ledger.path.parent) or _FREE
         self._usage = Usage(spec.sampling.max_tokens)
 
     # -- the queue -------------------------------------------------------------------------------
@@ -237,9 +237,8 @@ class BatchBook:
                     attempts.append(self._attempt(batch, key, step, outcome.kind, used))
                     continue
                 answers.append(Answer(key, self.identity, draw, text, outcome))
-                used = outcome.input_tokens, outcome.output_tokens
+                used = self._usage.of(_request(key, text), outcome)
                 attempts.append(self._attempt(batch, key, step, "ok", used))
-                self._usage.learn(_request(key, text), outcome)
                 self._db.execute("DELETE FROM queue WHERE key = ?", (key,))
             self._ledger.put(answers)
             self._charge(batch, attempts)

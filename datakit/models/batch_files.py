@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from datakit.errors import InputError
 from datakit.models.chat import Reply
-from datakit.models.faults import Fault, fault_of
+from datakit.models.faults import Fault, blotted, fault_of
 from datakit.models.ledger import Answer, Ledger
 from datakit.models.openai import reply_of
 from datakit.text import canonical_json, shorten
@@ -41,7 +41,7 @@ def outcome_of(line: bytes, url: str, model: str, secret: str) -> tuple[str, Rep
     Raises ValueError where the line is none of a batch.
     """
     try:
-        data = json.loads(line)
+        data = json.loads(blotted(line, secret))
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(data, dict) or not isinstance(data.get("custom_id"), str):
@@ -63,7 +63,7 @@ def outcome_of(line: bytes, url: str, model: str, secret: str) -> tuple[str, Rep
     if code == "batch_expired":
         return key, Fault("timeout", f"{url}: the batch expired before it came to this request")
     said = canonical_json(error)
-    return key, Fault("server_error", f"{url}: {shorten(_blotted(said, secret), 200)}")
+    return key, Fault("server_error", f"{url}: {shorten(said, 200)}")
 
 
 def _answered(response: dict[str, Any], url: str, model: str, secret: str) -> Reply | Fault:
@@ -74,11 +74,7 @@ def _answered(response: dict[str, Any], url: str, model: str, secret: str) -> Re
     try:
         return reply_of(body)
     except (ValueError, RecursionError) as error:
-        return Fault("malformed_body", f"{url}: {_blotted(str(error), secret)}")
-
-
-def _blotted(said: str, secret: str) -> str:
-    return said.replace(secret, "***") if secret else said
+        return Fault("malformed_body", f"{url}: {error}")
 
 
 def write_requests(

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, NamedTuple, TypeVar
 
 from datakit.models.batch_files import UrlPath
-from datakit.models.faults import Fault, fault_of
+from datakit.models.faults import Fault, blotted, fault_of
 from datakit.models.specs import OpenAISpec
 from datakit.text import shorten
 
@@ -58,6 +58,7 @@ class Provider:
         self.url = spec.urls[0]
         self.secret = spec.api_key() if spec.api_key_env else ""
         self._model = spec.model
+        self._key_env = spec.api_key_env
         self._retries = spec.retries
         self._client = openai.OpenAI(
             base_url=self.url, api_key=spec.api_key(), max_retries=0, timeout=spec.timeout_s
@@ -165,6 +166,7 @@ class Provider:
                 self.url + what,
                 self._model,
                 self.secret,
+                self._key_env,
             ) from None
         except openai.APITimeoutError:
             raise Fault("timeout", f"{self.url}: no answer in time") from None
@@ -180,7 +182,7 @@ class Provider:
 
     def blotted(self, said: str) -> str:
         """What an endpoint said, without the key that it may repeat."""
-        return said.replace(self.secret, "***") if self.secret else said
+        return blotted(said.encode(), self.secret).decode()
 
     def _state(self, batch: "Batch") -> State:
         errors = (batch.errors and batch.errors.data) or []

@@ -67,15 +67,20 @@ class Book:
         sums[2] += reply.output_tokens
         sums[3] += usd
 
-    async def write(self, model: str, request: Request, reply: Reply, usd: float) -> Reply:
-        """Write an answer down and return the one that stands: the first written."""
+    async def write(
+        self, model: str, request: Request, reply: Reply, used: tuple[int, int], usd: float
+    ) -> Reply:
+        """Write an answer down and return the one that stands: the first written.
+
+        used: input and output tokens that are charged.
+        """
         meter = self.meter
         meter.sent += 1
-        meter.input_tokens += reply.input_tokens
-        meter.output_tokens += reply.output_tokens
+        meter.input_tokens += used[0]
+        meter.output_tokens += used[1]
         meter.usd += usd
         self._answers.append(Answer(request.key, model, request.draw, request.text, reply))
-        self._attempt(model, request, "ok", reply.input_tokens, reply.output_tokens, usd)
+        self._attempt(model, request, "ok", *used, usd)
         loop = asyncio.get_running_loop()
         if not self._writers:
             loop.call_soon(self.flush)

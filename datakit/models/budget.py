@@ -18,6 +18,7 @@ from pydantic import Field
 
 from datakit.errors import Pending
 from datakit.models.ledger import Attempt, Ledger
+from datakit.text import dollars
 from datakit.values import Number, Value
 
 Per = Literal["run", "day", "month", "total"]
@@ -174,7 +175,7 @@ class Allowance:
 def said_of(budget: Budget, ledger: Ledger, scope: str) -> str:
     """A sentence that says what a spent budget was, and what was spent."""
     caps = [
-        "" if budget.max_usd is None else f"${budget.max_usd:,.2f}",
+        "" if budget.max_usd is None else dollars(budget.max_usd),
         "" if budget.max_tokens is None else f"{budget.max_tokens:,} tokens",
     ]
     usd, tokens = spent(ledger, scope)

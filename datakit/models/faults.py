@@ -75,6 +75,9 @@ POLICIES: dict[Kind, Policy] = {
 }
 
 
+_KEY_LENGTH = 6
+
+
 class Fault(Exception):
     """One attempt failed. wait_s: how long the endpoint asks to be left alone."""
 
@@ -95,21 +98,27 @@ class Fault(Exception):
 
 
 def fault_of(
-    status: int, headers: Mapping[str, str], raw: bytes, url: str, model: str, secret: str
+    status: int,
+    headers: Mapping[str, str],
+    raw: bytes,
+    url: str,
+    model: str,
+    secret: str,
+    key_env: str | None = None,
 ) -> Fault:
     """The fault that an HTTP status of 300 or more stands for.
 
-    An endpoint may repeat the key that it refuses, so `secret` is blotted out of what it said.
+    secret: the key, which the fault must not repeat, and key_env: where it was read.
     """
-    said = _message(raw)
-    if secret:
-        said = said.replace(secret, "***")
-    said = shorten(said, 200)
+    said = shorten(_message(blotted(raw, secret)), 200)
     if status < 400:
-        target = shorten(headers.get("Location", ""), 200)
-        return Fault("redirected", f"{url} redirects to {target!r}: give that as base_url")
+        target = blotted(headers.get("Location", "").encode(), secret).decode()
+        return Fault(
+            "redirected", f"{url} redirects to {shorten(target, 200)!r}: give that as base_url"
+        )
     if status in (401, 403):
-        return Fault("authentication", f"{url} refuses the key (api_key_env) with {status}: {said}")
+        where = f"in {key_env!r}" if key_env else "(api_key_env is not set)"
+        return Fault("authentication", f"{url} refuses the key {where} with {status}: {said}")
     if status == 402:
         return Fault("payment", f"{url} asks for payment: {said}")
     if status == 404:
@@ -124,6 +133,11 @@ def fault_of(
     if "content" in lowered and ("filter" in lowered or "policy" in lowered):
         return Fault("content_filter", f"{url} answers {status}: {said}")
     return Fault("bad_request", f"{url} answers {status}: {said}")
+
+
+def blotted(raw: bytes, secret: str) -> bytes:
+    """What an endpoint said, without the key that it may repeat; a word such as `none` is none."""
+    return raw.replace(secret.encode(), b"***") if len(secret) >= _KEY_LENGTH else raw
 
 
 def wait_s_of(headers: Mapping[str, str]) -> float | None:

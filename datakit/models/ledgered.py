@@ -38,13 +38,15 @@ class Ledgered:
         """The recorded reply, or a new one; raises as ChatModel does, and Pending."""
         request = request_of(self._spec, self.identity, ask, step, depth)
         key = request.key
-        known = self._book.ledger.get(key)
-        if known is not None:
-            usd = self._price.usd(known.input_tokens, known.output_tokens)
-            self._book.replayed(self.identity, self._role, step, known, usd)
-            return known
-        while key in self._under_way:
-            other = self._under_way[key]
+        while True:
+            known = self._book.ledger.get(key)
+            if known is not None:
+                usd = self._price.usd(known.input_tokens, known.output_tokens)
+                self._book.replayed(self.identity, self._role, step, known, usd)
+                return known
+            other = self._under_way.get(key)
+            if other is None:
+                break
             await asyncio.wait([other])
             # Who asked first may have been cancelled: then it is for one of those who wait to ask.
             if not other.cancelled():
@@ -81,7 +83,8 @@ class Recorded:
     async def answer(self, request: Request) -> Reply:
         async with self._window:
             reply = await self._inner.answer(request)
-            return await self._book.write(self.identity, request, reply, 0.0)
+            used = (reply.input_tokens, reply.output_tokens)
+            return await self._book.write(self.identity, request, reply, used, 0.0)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -23,7 +23,10 @@ FIRST_WINDOW = 32
 """Where the window begins if nobody said how many requests an endpoint takes."""
 WIDEST_WINDOW = 2048
 _SUSPECT = 3
-_LONGEST_OUT_S = 60.0
+_FIRST_OUT_S = 0.5
+_LONGEST_OUT_S = 30.0
+_LONGEST_WAIT_S = 120.0
+"""A Retry-After beyond it is taken for a mistake, or for a limit that a run should not wait out."""
 _SLOWED = 2.5
 _LEAST_SAMPLES = 32
 _DRAW_S = 0.1
@@ -39,6 +42,7 @@ class Place:
         self.failures = 0
         self.out_until = 0.0
         self._cut_at = 0.0
+        self._failed_at = 0.0
         self._recent_s = 0.0
         self._best_s = 0.0
         self._samples = 0
@@ -68,18 +72,21 @@ class Place:
         """It has too much: halve the window, once for all requests that were on their way."""
         now = time.monotonic()
         if wait_s is not None:
-            self.out_until = max(self.out_until, now + wait_s)
+            self.out_until = max(self.out_until, now + min(wait_s, _LONGEST_WAIT_S))
         if sent_at >= self._cut_at:
             self.window = max(1.0, self.window / 2)
             self._cut_at = now
             self._was_cut = True
 
-    def failed(self) -> None:
-        """A connection failed, or nothing came in time."""
+    def failed(self, sent_at: float) -> None:
+        """A connection failed, or nothing came in time; what was sent together counts once."""
+        if sent_at < self._failed_at:
+            return
+        self._failed_at = time.monotonic()
         self.failures += 1
         if self.failures >= _SUSPECT:
-            out_s = min(_LONGEST_OUT_S, 0.5 * 2 ** (self.failures - _SUSPECT))
-            self.out_until = time.monotonic() + out_s
+            out_s = _FIRST_OUT_S * 2 ** min(self.failures - _SUSPECT, 10)
+            self.out_until = self._failed_at + min(_LONGEST_OUT_S, out_s)
 
 
 class Pool:
@@ -155,16 +162,19 @@ class Pool:
         """Look again when the first address that is left out may be asked again."""
         now = time.monotonic()
         out = [place.out_until for place in self.places if place.out_until > now]
-        if out and (self._alarm is None or self._alarm.cancelled()):
-            self._alarm = asyncio.get_running_loop().call_later(min(out) - now, self._awake)
+        if not out:
+            return
+        loop = asyncio.get_running_loop()
+        when = loop.time() + min(out) - now
+        if self._alarm is not None:
+            if self._alarm.when() <= when:
+                return
+            self._alarm.cancel()
+        self._alarm = loop.call_at(when, self._awake)
 
     def _awake(self) -> None:
         self._alarm = None
         self._hand_out()
-
-
-_HEADERS = {"requests": "requests", "tokens": "tokens"}
-"""Name of a limit, and what `x-ratelimit-limit-...` calls it."""
 
 
 class RateLimits:
@@ -192,21 +202,14 @@ class RateLimits:
             if key != "requests":
                 bucket.charge(_charge(key, input_tokens, output_tokens))
 
-    def learn(self, headers: Mapping[str, str]) -> float | None:
-        """Take over the limits that a reply states; the seconds to wait where one is used up."""
-        wait_s: float | None = None
-        for key, called in _HEADERS.items():
-            stated = headers.get(f"x-ratelimit-limit-{called}")
-            if stated is None:
-                continue
+    def learn(self, headers: Mapping[str, str]) -> None:
+        """Take over the limits that a reply states (`x-ratelimit-limit-requests`, `-tokens`)."""
+        for key in ("requests", "tokens"):
+            stated = headers.get(f"x-ratelimit-limit-{key}", "")
             if key not in self._given and stated.isdigit() and int(stated):
                 bucket = self._buckets.get(key)
                 if bucket is None or bucket.per_minute != int(stated):
                     self._buckets[key] = self._bucket(key, int(stated))
-            if headers.get(f"x-ratelimit-remaining-{called}") in ("0", "-1"):
-                reset = seconds_of(headers.get(f"x-ratelimit-reset-{called}", ""))
-                wait_s = max(wait_s or 0.0, reset)
-        return wait_s
 
     def _bucket(self, key: str, per_minute: int) -> "_Bucket":
         return _Bucket(f"{self._name} {key}", per_minute, self._ledger)
@@ -271,23 +274,3 @@ class _Bucket:
     def charge(self, amount: float) -> None:
         """Take without waiting; who comes next waits the longer."""
         self._stock -= amount
-
-
-def seconds_of(text: str) -> float:
-    """Seconds in a duration such as `1s`, `6m0s`, `120ms` or `8.64s`; 0 where it is none."""
-    total, number = 0.0, ""
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-    for is_unit, letters in itertools.groupby(text.strip(), str.isalpha):
-        part = "".join(letters)
-        if not is_unit:
-            number = part
-            continue
-        try:
-            total += float(number) * units[part]
-        except (KeyError, ValueError):
-            return 0.0
-        number = ""
-    try:
-        return total + (float(number) if number else 0.0)
-    except ValueError:
-        return 0.0

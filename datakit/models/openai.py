@@ -18,7 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 from datakit.errors import EndpointError
 from datakit.models.book import Book
 from datakit.models.chat import Reply, Request
-from datakit.models.faults import Fault, fault_of
+from datakit.models.faults import Fault, blotted, fault_of
 from datakit.models.limits import Place, Pool, RateLimits
 from datakit.models.specs import OpenAISpec, Price, VLLMSpec
 from datakit.text import canonical_json, shorten
@@ -115,13 +115,12 @@ class OpenAIChat:
                 raise
             self._pool.answered(place, time.monotonic() - sent_at)
             self._first.open()
-            used = (reply.input_tokens, reply.output_tokens)
-            self._usage.learn(request, reply)
+            used = self._usage.of(request, reply)
             if not self._limits.none:
                 self._limits.settle(used[0] - tokens[0], used[1] - tokens[1])
             usd = price.usd(*used) if price else 0.0
             cost = (usd, float(sum(used)))
-            return await book.write(self.identity, request, reply, usd)
+            return await book.write(self.identity, request, reply, used, usd)
         finally:
             if book.allowance is not None and held is not None:
                 book.allowance.settle(held, cost)
@@ -132,7 +131,7 @@ class OpenAIChat:
         if fault.policy.slows:
             place.refused(sent_at, fault.wait_s)
         elif fault.policy.suspects:
-            place.failed()
+            place.failed(sent_at)
             if self._pool.elsewhere(place):
                 fault.wait_s = 0.0
 
@@ -157,11 +156,13 @@ class OpenAIChat:
             said = shorten(str(error), 200)
             raise Fault("connection", f"{url}: connection failed: {said}") from error
         if "x-ratelimit-limit-requests" in headers or "x-ratelimit-limit-tokens" in headers:
-            wait_s = self._limits.learn(headers)
-            if wait_s and status < 300:
-                place.out_until = max(place.out_until, time.monotonic() + wait_s)
+            self._limits.learn(headers)
         if status >= 300:
-            raise fault_of(status, headers, raw, url, self._spec.model, self._key)
+            spec = self._spec
+            named = spec.api_key_env if isinstance(spec, OpenAISpec) else None
+            raise fault_of(status, headers, raw, url, spec.model, self._key, named)
+        if self._key:
+            raw = blotted(raw, self._key)
         try:
             return reply_of(json.loads(raw))
         except (ValueError, RecursionError) as error:
@@ -242,14 +243,21 @@ class Usage:
         ceiling = 1.25 * self._tokens_per_character if self._replies >= 16 else 1.0
         return int(len(request.text) * ceiling) + 1, self._limit(request) or self._most_output
 
-    def learn(self, request: Request, reply: Reply) -> None:
-        """Take a reply's counts into account."""
+    def of(self, request: Request, reply: Reply) -> tuple[int, int]:
+        """Input and output tokens of an answered request; learns from them.
+
+        They are estimated where the endpoint states none, or a cap would never hold there.
+        """
+        if not (reply.input_tokens or reply.output_tokens):
+            said = len(reply.text) + len(reply.reasoning)
+            return self.expected(request)[0], int(said * self._tokens_per_character) + 1
         self._replies += 1
         weight = max(1 / self._replies, 0.02)
         found = reply.input_tokens / len(request.text)
         self._tokens_per_character += weight * (found - self._tokens_per_character)
         self._mean_output += weight * (reply.output_tokens - self._mean_output)
         self._most_output = max(self._most_output, reply.output_tokens)
+        return reply.input_tokens, reply.output_tokens
 
     def _limit(self, request: Request) -> int | None:
         """The token limit that the request states."""

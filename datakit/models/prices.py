@@ -4,13 +4,12 @@
 here. Where none knows the model, a cap in dollars is refused, not ignored.
 """
 
-from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
 
 from datakit.errors import InputError
-from datakit.models.identity import default_state
 from datakit.models.specs import ChatSpec, OpenAISpec, Price
 
 AS_OF = "2025-10"
@@ -37,26 +36,24 @@ TABLE: dict[str, dict[str, Price]] = {
 """By host, because another host asks another price for a model of the same name."""
 
 
-def price_of(spec: ChatSpec) -> Price | None:
+def price_of(spec: ChatSpec, state: Path) -> Price | None:
     """The price of a model's tokens; None where nobody knows it. Local models cost nothing.
 
-    Raises InputError where `prices.yaml` is broken.
+    state: the folder of `prices.yaml`. Raises InputError where `prices.yaml` is broken.
     """
     price = spec.price
     if price is None:
         if not isinstance(spec, OpenAISpec) or not spec.urls:
             return _FREE
         host = urlsplit(spec.urls[0]).hostname or ""
-        price = _own().get(spec.model) or TABLE.get(host, {}).get(spec.model)
+        price = _own(state / "prices.yaml").get(spec.model) or TABLE.get(host, {}).get(spec.model)
     if price is not None and isinstance(spec, OpenAISpec) and spec.mode == "batch":
         return Price(input=price.input * BATCH_SHARE, output=price.output * BATCH_SHARE)
     return price
 
 
-@cache
-def _own() -> dict[str, Price]:
+def _own(path: Path) -> dict[str, Price]:
     """The user's table: `model: {input: 0.15, output: 0.6}`, dollars for a million tokens."""
-    path = default_state() / "prices.yaml"
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {str(name): Price.model_validate(price) for name, price in data.items()}

@@ -186,6 +186,11 @@ class OpenAISpec(ChatSpec):
                 f"the environment variable {self.api_key_env!r} (api_key_env of model "
                 f"{self.model!r}) is not set"
             )
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(
+                f"the environment variable {self.api_key_env!r} (api_key_env of model "
+                f"{self.model!r}) holds no key: a line break, or what is no ASCII"
+            )
         return key
 
 

@@ -203,7 +203,7 @@ def test_a_file_that_is_wrong_stops_the_run_in_one_sentence(go, ledger):
 def test_a_wrong_key_stops_the_run_and_is_named_by_its_variable(go, monkeypatch, ledger):
     monkeypatch.setenv("SOME_KEY", "sk-wrong")
     with Endpoint(key="sk-right") as endpoint:
-        with pytest.raises(EndpointError, match="api_key_env") as said:
+        with pytest.raises(EndpointError, match="SOME_KEY") as said:
             go(recipe(endpoint, api_key_env="SOME_KEY"))
         assert "sk-wrong" not in str(said.value)
         assert b"sk-wrong" not in ledger.path.read_bytes()

@@ -36,7 +36,7 @@ def written(book, numbers, text="two"):
     """What stands after all these are written at once; errors in their place."""
 
     async def all_of_them():
-        writes = (book.write("m", request(number), reply(text), 0.5) for number in numbers)
+        writes = (book.write("m", request(number), reply(text), (1, 2), 0.5) for number in numbers)
         return await asyncio.gather(*writes, return_exceptions=True)
 
     return asyncio.run(all_of_them())
@@ -54,7 +54,7 @@ def test_thousands_of_writes_are_few_transactions(book, ledger):
 def test_an_answer_is_there_for_other_processes_before_its_write_returns(book, tmp_path):
     async def work():
         for number in range(5):
-            await book.write("m", request(number), reply(), 0.0)
+            await book.write("m", request(number), reply(), (1, 1), 0.0)
             with Ledger.opened(tmp_path) as other:
                 assert other.get(request(number).key) == reply()
                 found = other.db.execute("SELECT COUNT(*) FROM attempts").fetchone()
@@ -110,11 +110,11 @@ def test_what_failed_to_be_written_is_not_written_later(book, ledger):
 
 def test_an_answer_whose_asker_is_gone_is_kept(book, ledger):
     async def work():
-        task = asyncio.create_task(book.write("m", request(), reply(), 0.0))
+        task = asyncio.create_task(book.write("m", request(), reply(), (1, 1), 0.0))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await book.write("m", request(1), reply(), 0.0)
+        await book.write("m", request(1), reply(), (1, 1), 0.0)
 
     asyncio.run(work())
     assert ledger.get(request().key) == reply()

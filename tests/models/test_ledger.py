@@ -96,7 +96,6 @@ for number in range(50):
 """
 
 
-@pytest.mark.xfail(strict=True, reason="processes that meet at a new file find it locked, at times")
 @pytest.mark.slow
 def test_many_processes_that_open_a_new_ledger_at_once_all_succeed(tmp_path):
     command = [sys.executable, "-c", OPENING, tmp_path]

@@ -189,17 +189,6 @@ def test_the_key_is_in_no_log_and_no_error(tmp_path, monkeypatch, caplog):
         error = error.__cause__ or error.__context__
 
 
-def test_a_refused_key_names_the_address_and_that_a_key_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "sk-wrong")
-    with Endpoint(key="sk-right") as endpoint:
-        for spec in ({"api_key_env": "MY_KEY"}, {}):
-            with pytest.raises(EndpointError, match="refuses the key") as caught:
-                answer(tmp_path, openai(endpoint.url, **spec), say())
-            assert endpoint.url in str(caught.value)
-            assert "api_key_env" in str(caught.value)
-
-
-@pytest.mark.xfail(strict=True, reason="the error no longer names the variable that was read")
 def test_a_refused_key_names_its_variable_and_says_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-wrong")
     with Endpoint(key="sk-right") as endpoint:

@@ -13,7 +13,7 @@ from endpoint import Endpoint
 from models_kit import answers, openai, say
 
 from datakit.models.ledger import Ledger
-from datakit.models.limits import RateLimits, seconds_of
+from datakit.models.limits import RateLimits
 from datakit.models.specs import Limits, Sampling
 
 
@@ -169,24 +169,3 @@ def test_an_endpoint_that_only_refuses_is_left_alone_as_long_as_it_says(tmp_path
     assert not [one for one in found if isinstance(one, Exception)]
     assert refused <= 100
     assert time.monotonic() - began < 15
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("1s", 1),
-        ("6m0s", 360),
-        ("120ms", 0.12),
-        ("8.64s", 8.64),
-        ("1h2m3.5s", 3723.5),
-        ("7", 7),
-        ("0.5", 0.5),
-        ("", 0),
-        ("soon", 0),
-        ("1d", 0),
-        ("-", 0),
-        ("1.2.3s", 0),
-    ],
-)
-def test_durations_are_read_in_every_dialect(text, seconds):
-    assert seconds_of(text) == pytest.approx(seconds)
