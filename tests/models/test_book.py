@@ -36,7 +36,7 @@ def written(book, numbers, text="two"):
     """What stands after all these are written at once; errors in their place."""
 
     async def all_of_them():
-        writes = (book.write("m", request(number), reply(text), (1, 2), 0.5) for number in numbers)
+        writes = (book.write("m", request(number), reply(text), (2, 1), 0.5) for number in numbers)
         return await asyncio.gather(*writes, return_exceptions=True)
 
     return asyncio.run(all_of_them())
