@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -65,6 +66,12 @@ def shorten(text: str, width: int = 200) -> str:
     """One safe line of at most `width` characters."""
     line = " ".join(plain(text).split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def dollars(usd: float) -> str:
+    """`$1,234.50`; of less than a dollar two digits that count, as in `$0.0042`."""
+    places = 2 if usd >= 1 or usd <= 0 else 1 - math.floor(math.log10(usd))
+    return f"${usd:,.{max(2, places)}f}"
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """The book that a run keeps: answers and attempts on their way into the ledger, and its counts.
 
-What arrives in one turn of the event loop is written in one transaction, and nobody gets an answer
+What arrives within a few milliseconds is written in one transaction, and nobody gets an answer
 before it is written: thousands of durable answers a second for the price of hundreds of commits.
 """
 
@@ -11,6 +11,9 @@ from collections import Counter, defaultdict
 from datakit.models.budget import Allowance, charge
 from datakit.models.chat import Reply, Request
 from datakit.models.ledger import Answer, Attempt, Ledger
+
+_GATHER_S = 0.005
+"""How long answers are gathered before they are written together."""
 
 
 class Meter:
@@ -83,7 +86,7 @@ class Book:
         self._attempt(model, request, "ok", *used, usd)
         loop = asyncio.get_running_loop()
         if not self._writers:
-            loop.call_soon(self.flush)
+            loop.call_later(_GATHER_S, self.flush)
         written: asyncio.Future[bool] = loop.create_future()
         self._writers.append(written)
         if await written:

@@ -23,6 +23,8 @@ from datakit.values import Number, Value
 
 Per = Literal["run", "day", "month", "total"]
 
+_DAY_S = 86_400.0
+
 
 class Budget(Value):
     """A cap on dollars, tokens (input and output together) or both.
@@ -49,13 +51,17 @@ def scopes(recipe: str, run: str, at: float) -> dict[Per, str]:
 
 def charge(ledger: Ledger, attempts: Iterable[Attempt]) -> None:
     """Add attempts to what their scopes have spent; inside the caller's transaction."""
-    sums: dict[str, tuple[float, int]] = {}
+    days: dict[tuple[str, str, float], tuple[float, int]] = {}
     for one in attempts:
-        if one.outcome == "replayed" or not (one.usd or one.input_tokens or one.output_tokens):
-            continue
-        for scope in scopes(one.recipe, one.run, one.at).values():
+        if one.outcome != "replayed":
+            day = one.recipe, one.run, one.at // _DAY_S * _DAY_S
+            usd, tokens = days.get(day, (0.0, 0))
+            days[day] = usd + one.usd, tokens + one.input_tokens + one.output_tokens
+    sums: dict[str, tuple[float, int]] = {}
+    for day, (more_usd, more_tokens) in days.items():
+        for scope in scopes(*day).values():
             usd, tokens = sums.get(scope, (0.0, 0))
-            sums[scope] = usd + one.usd, tokens + one.input_tokens + one.output_tokens
+            sums[scope] = usd + more_usd, tokens + more_tokens
     ledger.db.executemany(
         "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (scope) DO UPDATE SET "
         "usd = usd + excluded.usd, tokens = tokens + excluded.tokens",
