@@ -16,7 +16,7 @@ from datakit.models.likelihood import Likelihood, ask_likelihood, read_likelihoo
 from datakit.models.specs import ChatSpec, Spec
 from datakit.records import Messages
 from datakit.templates import BUILT_IN, render_split, template_of
-from datakit.text import canonical_json, digest
+from datakit.text import digest
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Kit:
         """The sampling settings that `ask` will have, as JSON."""
         spec = self._specs[role]
         assert isinstance(spec, ChatSpec)
-        return canonical_json(ask.sampling.over(spec.sampling))
+        return ask.sampling.text_over(spec.sampling)
 
     async def ask(self, role: str, ask: Ask) -> Reply:
         """The model's reply, whatever its finish reason."""

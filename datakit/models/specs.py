@@ -5,7 +5,11 @@ Identity says which model answers: never its address, port or key.
 
 import importlib.metadata
 import importlib.util
+import math
 import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -55,17 +59,23 @@ class Sampling(Value):
 
     def over(self, default: "Sampling") -> dict[str, JsonValue]:
         """The settings to send: this one's where set, else the default's."""
-        sent: dict[str, JsonValue] = {}
-        for name in _SAMPLING:
-            value = getattr(self, name)
-            if value is None or value == ():
-                value = getattr(default, name)
-            if value is not None and value != ():
-                sent[name] = list(value) if isinstance(value, tuple) else value
-        return sent
+        return dict(_merged(self, default))
+
+    def text_over(self, default: "Sampling") -> str:
+        """The same as canonical JSON."""
+        return _merged_text(self, default)
 
 
-_SAMPLING = tuple(Sampling.model_fields)
+# Every request asks for one of the few combinations that a recipe has.
+@lru_cache
+def _merged(given: Sampling, default: Sampling) -> dict[str, JsonValue]:
+    merged = default.model_dump(exclude_defaults=True) | given.model_dump(exclude_defaults=True)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in merged.items()}
+
+
+@lru_cache
+def _merged_text(given: Sampling, default: Sampling) -> str:
+    return canonical_json(_merged(given, default))
 
 
 class Limits(Value):
@@ -196,13 +206,38 @@ class OpenAISpec(ChatSpec):
 
 _ANSWER_CHANGING = (
     "chat_template",
+    "chat_template_content_format",
+    "code_revision",
+    "default_chat_template_kwargs",
     "dtype",
     "generation_config",
+    "hf_config_path",
     "hf_overrides",
     "kv_cache_dtype",
+    "logits_processors",
+    "logprobs_mode",
     "lora_modules",
+    "override_generation_config",
     "quantization",
+    "quantization_config",
+    "reasoning_parser",
     "rope_scaling",
+    "tokenizer",
+    "tokenizer_mode",
+    "tokenizer_revision",
+)
+_ARGUMENT = re.compile("[A-Za-z][A-Za-z0-9_-]*")
+_OURS = re.compile("model|revision|tensor-parallel-size|served-model-name|host|port|uds")
+_SECRETS = re.compile("api-key|hf-token")
+_ELSEWHERE = re.compile(
+    "config|headless|nnodes|node-rank|master-(addr|port)|device-ids|root-path|ssl-.*|"
+    "data-parallel-(rank|start-rank|size-local|address|rpc-port|.*-lb)"
+)
+"""Arguments that move a server, or part of it, from where it is looked for."""
+_MULTIPLYING = (
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
 )
 
 
@@ -210,9 +245,10 @@ class VLLMSpec(ChatSpec):
     """A local model that vLLM serves: started when its step begins, stopped when it ends.
 
     model: a folder, or a Hub name with its revision. python: the Python of the environment that
-    holds vLLM, default this one's. gpus: how many one replica takes, default tensor_parallel; 0
-    takes none. replicas: servers that share the load. args: engine arguments, as
-    `{max_model_len: 4096}`. environment: variables for the server, as `{NAME: value}`.
+    holds vLLM, default this one's. gpus: how many one replica takes, default tensor_parallel times
+    the other parallel sizes in args; 0 takes none. replicas: servers that share the load. args:
+    engine arguments, as `{max_model_len: 4096}`. environment: variables for the server, as
+    `{NAME: value}`.
     """
 
     kind: Literal["vllm"]
@@ -225,13 +261,49 @@ class VLLMSpec(ChatSpec):
     json_schema: bool = True
     timeout_s: float = Field(default=600, gt=0)
     start_timeout_s: float = Field(default=900, gt=0)
-    # Long enough for a server that died to load its model again.
-    retries: int = Field(default=12, ge=0)
+    # A server that is started again is waited for, whatever this says.
+    retries: int = Field(default=3, ge=0)
+
+    @field_validator("args")
+    @classmethod
+    def _may_be_given(cls, args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for key in args:
+            flag = key.replace("_", "-")
+            if not _ARGUMENT.fullmatch(key):
+                raise ValueError(
+                    f"{key!r} is not the name of an engine argument; write it as max_model_len, "
+                    "without dashes before it"
+                )
+            if _OURS.fullmatch(flag):
+                raise ValueError(
+                    f"leave out {key!r}; datakit sets it, from the fields model, revision and "
+                    "tensor_parallel"
+                )
+            if _SECRETS.fullmatch(flag):
+                raise ValueError(f"leave out {key!r}; a recipe holds no secrets (HF_TOKEN is read)")
+            if _ELSEWHERE.fullmatch(flag):
+                raise ValueError(
+                    f"leave out {key!r}; datakit runs each server as a whole on this machine"
+                )
+        named = [key.replace("_", "-") for key in args]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} is given twice, with _ and with -")
+        for name in _MULTIPLYING:
+            size = _argument(args, name)
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} is {size!r}; give a number of at least 1")
+        return args
 
     @property
     def gpus_each(self) -> int:
-        """GPUs of one replica."""
-        return self.tensor_parallel if self.gpus is None else self.gpus
+        """GPUs of one replica: `gpus`, else the product of the sizes in which it is parallel."""
+        if self.gpus is not None:
+            return self.gpus
+        sizes = (_argument(self.args, name) for name in _MULTIPLYING)
+        return math.prod(
+            (size for size in sizes if isinstance(size, int)), start=self.tensor_parallel
+        )
 
     def resolved_identity(self) -> str:
         """The model, and the engine arguments that change what it answers."""
@@ -239,8 +311,13 @@ class VLLMSpec(ChatSpec):
         if self.identity:
             return name
         args = {key.replace("-", "_"): value for key, value in self.args.items()}
-        telling = {key: args[key] for key in _ANSWER_CHANGING if key in args}
+        telling = {key: args[key] for key in _ANSWER_CHANGING if args.get(key) is not None}
         return f"{name}+{canonical_json(telling)}" if telling else name
+
+
+def _argument(args: Mapping[str, JsonValue], name: str) -> JsonValue:
+    """An engine argument, written with _ or with -."""
+    return args.get(name, args.get(name.replace("_", "-")))
 
 
 def _listed(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
