@@ -9,11 +9,14 @@ import time
 import urllib.request
 
 import pytest
+from endpoint import Endpoint
 
 from datakit.pipeline import run
 from datakit.versions import find_version
 
 pytestmark = pytest.mark.slow
+
+KEY = "sk-planted-where-nobody-may-find-it"
 
 
 @pytest.fixture
@@ -28,17 +31,17 @@ def prefect(tmp_path):
     return os.environ | quiet
 
 
-def curate(tmp_path, environment):
-    """Run the flow over two lanes in a process of its own."""
+def curate(tmp_path, environment, *overrides):
+    """Run the flow over two lanes in a process of its own; what it says goes to `said`."""
     code = (
         "import sys\n"
         "from flows.curate import curate\n"
         "print(curate('smoke/pairs', outputs=sys.argv[1], state=sys.argv[2], lanes=2,"
-        " overrides=['rows_per_part=3']))"
+        " overrides=['rows_per_part=3', *sys.argv[3:]]))"
     )
     where = [str(tmp_path / "flow"), str(tmp_path / "state")]
     done = subprocess.run(
-        [sys.executable, "-c", code, *where],
+        [sys.executable, "-c", code, *where, *overrides],
         env=environment,
         capture_output=True,
         text=True,
@@ -46,6 +49,7 @@ def curate(tmp_path, environment):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    (tmp_path / "said").write_text(done.stdout + done.stderr)
     assert done.stdout.splitlines()[-1] == "smoke-pairs@1.0.0"
     assert "judge+pair lane 2/2" in done.stderr + done.stdout
     return find_version(tmp_path / "flow", "smoke-pairs")
@@ -62,7 +66,7 @@ def test_a_flow_needs_no_server_and_makes_the_same_version(tmp_path, prefect):
     assert version.manifest.digest == plain.manifest.digest
 
 
-def test_a_flow_against_a_server_leaves_its_funnel_there(tmp_path, prefect):
+def test_a_flow_against_a_server_leaves_its_funnel_there_and_no_key(tmp_path, prefect):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -80,7 +84,12 @@ def test_a_flow_against_a_server_leaves_its_funnel_there(tmp_path, prefect):
                 break
             except OSError:
                 time.sleep(0.5)
-        curate(tmp_path, prefect | {"PREFECT_API_URL": api})
+        with Endpoint(key=KEY) as endpoint:
+            judge = {"kind": "openai", "model": "any", "base_url": endpoint.url}
+            given = [f"models.judge.{name}={value}" for name, value in judge.items()]
+            environment = prefect | {"PREFECT_API_URL": api, "JUDGE_KEY": KEY}
+            curate(tmp_path, environment, *given, "models.judge.api_key_env=JUDGE_KEY")
+            assert endpoint.stats()["ok"]
         found = _post(f"{api}/artifacts/filter", {})
         tasks = _post(f"{api}/task_runs/filter", {})
     finally:
@@ -90,6 +99,10 @@ def test_a_flow_against_a_server_leaves_its_funnel_there(tmp_path, prefect):
     assert found[0]["key"] == "funnel-smoke-pairs"
     names = {task["name"] for task in tasks}
     assert {"pairs", "exact", "near", "judge+pair lane 1/2", "judge+pair lane 2/2"} == names
+    # Everything that was written: outputs, state, what was said, and the server's own database.
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("prefect" in path.name for path in files)
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 def _post(url, body):
