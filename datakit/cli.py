@@ -28,7 +28,7 @@ from datakit.cli_options import (
     loaded,
     stoppable,
 )
-from datakit.errors import DatakitError, InputError, OutsideError, Stopped
+from datakit.errors import DatakitError, InputError, OutsideError
 from datakit.text import plain, shorten
 
 app = typer.Typer(
@@ -132,12 +132,13 @@ def rehearse(
     recipe: Recipe_,
     rows: Annotated[int, typer.Option(min=1, help="Source rows to use.")] = 20,
     overrides: Set_ = [],  # noqa: B006
+    outputs: Outputs_ = Path("outputs"),
 ) -> None:
     """Run the whole recipe on a few rows with scripted models: no cost, nothing kept."""
     from datakit.show import show_rehearsal
 
     with stoppable():
-        show_rehearsal(recipe, rows, overrides)
+        show_rehearsal(recipe, rows, overrides, outputs)
 
 
 @app.command()
@@ -230,12 +231,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)
-    again = "; the same command goes on where it stopped, and sends no answered request again"
     try:
         sys.exit(app(standalone_mode=False))
-    except Stopped as stop:
-        print(f"datakit: {stop}{again}", file=sys.stderr)
-        sys.exit(Stopped.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except typer.Abort:

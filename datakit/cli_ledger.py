@@ -4,13 +4,13 @@ import json
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from datakit.cli_options import Json_, Outputs_, Recipe_, Set_, State_, loaded, stoppable
 from datakit.errors import InputError
-from datakit.text import plain, shorten
+from datakit.text import dollars, plain, shorten
 
 if TYPE_CHECKING:
     from datakit.models.ledger import Ledger
@@ -39,15 +39,15 @@ def stats(state: State_ = None, as_json: Json_ = False) -> None:
     print(path)
     for row in answers:
         print(
-            f"{plain(row['model'])}: {row['answers']:,} answers, "
+            f"{plain(row['model'])}: {_answers(row['answers'])}, "
             f"{row['input_tokens']:,} tokens in, {row['output_tokens']:,} out"
         )
     for row in spending:
         print(
             f"{plain(row['recipe'])} / {plain(row['model'])}: {row['sent']:,} sent for "
-            f"${row['paid_usd']:,.4f}, {row['failed']:,} of them failed "
-            f"(${row['wasted_usd']:,.4f} wasted); {row['replayed']:,} replayed "
-            f"(${row['saved_usd']:,.4f} saved)"
+            f"{dollars(row['paid_usd'])}, {row['failed']:,} of them failed "
+            f"({dollars(row['wasted_usd'])} wasted); {row['replayed']:,} replayed "
+            f"({dollars(row['saved_usd'])} saved)"
         )
 
 
@@ -65,10 +65,9 @@ def list_(
         if as_json:
             print(json.dumps({"key": key, "written": written} | entry.model_dump(mode="json")))
             continue
-        asked = entry.request.get("prompt") or entry.request["messages"][-1]["content"]
         when = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M:%S")
         print(f"{key[:12]}  {when}  {plain(entry.model)}  draw {entry.draw}")
-        print(f"  {shorten(str(asked), 110)}\n  -> {shorten(entry.reply.text, 110)}")
+        print(f"  {shorten(_asked(entry.request), 110)}\n  -> {shorten(entry.reply.text, 110)}")
 
 
 @ledger_app.command("show")
@@ -102,14 +101,15 @@ def prune(
     moment = before.replace(tzinfo=UTC).timestamp() if before else None
     with _opened(state) as book:
         count = book.prune(model, moment, unusable, yes)
-    print(f"{count:,} answers removed" if yes else f"{count:,} answers; --yes removes them")
+    it = "it" if count == 1 else "them"
+    print(f"{_answers(count)} removed" if yes else f"{_answers(count)}; --yes removes {it}")
 
 
 @ledger_app.command("export")
 def export(file: File_, model: Model_ = None, state: State_ = None) -> None:
     """Write answers to a file."""
     with _opened(state) as book:
-        print(f"{book.export(file, model):,} answers written to {file}")
+        print(f"{_answers(book.export(file, model))} written to {file}")
 
 
 @ledger_app.command("import")
@@ -119,7 +119,7 @@ def import_(file: File_, state: State_ = None) -> None:
 
     with stoppable(), _opened(state) as book:
         count, fresh = read_responses(book, file) if holds_responses(file) else book.load(file)
-    print(f"{count:,} answers read, {fresh:,} of them new")
+    print(f"{_answers(count)} read, {fresh:,} of them new")
 
 
 @ledger_app.command("requests")
@@ -137,7 +137,22 @@ def requests(
         raise InputError(f"{str(file)!r} exists; name another file")
     with stoppable():
         count = outstanding(loaded(recipe, overrides), outputs, state, file)
+    if not count:
+        file.unlink()
+        print("every request that can be asked now is answered: run the recipe")
+        return
     print(
-        f"{count:,} requests written to {file}; read the answers back with "
-        "`datakit ledger import`, then run the recipe"
+        f"{count:,} request{'' if count == 1 else 's'} written to {file}; read the answers back "
+        "with `datakit ledger import`, then run the recipe"
     )
+
+
+def _answers(count: int) -> str:
+    return f"{count:,} answer{'' if count == 1 else 's'}"
+
+
+def _asked(request: dict[str, Any]) -> str:
+    """The last words of a request, of whatever shape: an import may hold any."""
+    messages = request.get("messages")
+    last: Any = messages[-1] if isinstance(messages, list) and messages else request.get("prompt")
+    return str(last.get("content") if isinstance(last, dict) else last)

@@ -49,4 +49,6 @@ def stoppable() -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Stopped(str(stop) or "stopped by SIGINT") from stop
+        said = str(stop) or "stopped by SIGINT"
+        again = "the same command goes on where it stopped, and sends no answered request again"
+        raise Stopped(f"{said}; {again}") from stop

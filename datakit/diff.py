@@ -4,12 +4,16 @@ Major: more than 5 % of the rows relabelled or removed, or a column removed or o
 Minor: rows or columns added, or fewer relabelled, removed or rescored. Patch: the same rows.
 """
 
+import numpy as np
 import polars as pl
 
+from datakit.export import Hashes
+from datakit.ids import Ids, packed, places
 from datakit.values import Value
 from datakit.versions import number
 
 _SMALL = 0.05
+_BATCH = 10_000
 
 
 class Change(Value):
@@ -58,42 +62,50 @@ class Change(Value):
         return said or "the same rows; card, recipe or files changed"
 
 
-def compare(
-    before: pl.LazyFrame, after: pl.LazyFrame, hashes: tuple[pl.DataFrame, pl.DataFrame]
-) -> Change:
+def compare(before: pl.LazyFrame, after: pl.LazyFrame, hashes: tuple[Hashes, Hashes]) -> Change:
     """Compare two published tables of one kind.
 
-    hashes: for each side a frame of `id` and `hash`, the hash of the whole row. Rows that another
-    id tells apart but that say the same about the same pair count as rescored.
+    hashes: those of the rows of each side, in any order. Rows that another id tells apart but that
+    say the same about the same pair count as rescored.
     """
     schemas = before.collect_schema(), after.collect_schema()
     changed = [name for name, dtype in schemas[0].items() if schemas[1].get(name) != dtype]
-    paired = all("pair_key" in schema for schema in schemas)
-    old, new = (_keys(table, paired) for table in (before, after))
-    gone = old.join(new, on="id", how="anti")
-    come = new.join(old, on="id", how="anti")
-    met = gone.join(come, on="key", suffix="_after").unique("id")
-    relabelled = met.filter(pl.col("label") != pl.col("label_after")).height
-    same = hashes[0].join(hashes[1], on="id", suffix="_after")
-    rescored = same.filter(pl.col("hash") != pl.col("hash_after")).height
+    old, new = hashes
+    place = places(old["id"], new["id"])
+    stays = place >= 0
+    rescored = int((old["hash"][stays] != new["hash"][place[stays]]).sum())
+    gone, come = old["id"][~stays], new["id"][places(new["id"], old["id"]) < 0]
+    added, removed, relabelled = len(come), len(gone), 0
+    if all("pair_key" in schema for schema in schemas) and added and removed:
+        left, right = _keys(before, gone), _keys(after, come)
+        met = left.join(right, on="key", suffix="_after").unique("id")
+        relabelled = met.filter(pl.col("label") != pl.col("label_after")).height
+        rescored += met.height - relabelled
+        added = right.join(left, on="key", how="anti").height
+        removed -= met.height
     return Change(
-        rows_before=old.height,
-        rows_after=new.height,
-        added=come.join(gone, on="key", how="anti").height,
-        removed=gone.height - met.height,
+        rows_before=len(old),
+        rows_after=len(new),
+        added=added,
+        removed=removed,
         relabelled=relabelled,
-        rescored=rescored + met.height - relabelled,
+        rescored=rescored,
         columns_added=tuple(sorted(set(schemas[1]) - set(schemas[0]))),
         columns_removed=tuple(sorted(changed)),
     )
 
 
-def _keys(table: pl.LazyFrame, paired: bool) -> pl.DataFrame:
-    """`id`, `key` (what is compared) and `label` (what is preferred) of each row."""
-    if not paired:
-        return table.select("id", key="id", label=pl.lit("")).collect()
-    preferred = pl.struct("prompt", "chosen").struct.json_encode()
-    return table.select("id", key="pair_key", label=preferred).collect()
+def _keys(table: pl.LazyFrame, wanted: Ids) -> pl.DataFrame:
+    """`id`, `key` (what is compared) and `label` (hash of what is preferred) of some rows."""
+    preferred = pl.struct("prompt", "chosen").struct.json_encode().hash()
+    lines = table.select("id", key="pair_key", label=preferred)
+    found = [pl.DataFrame(schema={"id": pl.String(), "key": pl.String(), "label": pl.UInt64()})]
+    rows = table.select(pl.len()).collect().item()
+    for start in range(0, rows, _BATCH):
+        some = lines.slice(start, _BATCH).collect()
+        here = np.isin(packed(some["id"].to_list()), wanted)
+        found.append(some.filter(pl.Series(here)))
+    return pl.concat(found)
 
 
 def next_version(before: str, change: Change) -> str:

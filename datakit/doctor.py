@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datakit import __version__
 from datakit.errors import InputError, OutsideError
+from datakit.models.gpus import gpu_names
 from datakit.models.identity import default_state
 from datakit.models.ledger import Ledger
 
@@ -34,6 +35,7 @@ def diagnose(state: Path | None) -> Iterator[str]:
             yield f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             yield f"{name} is missing: {remedy or 'pip install datakit'}"
+    yield f"GPUs for local models: {_gpus()}"
     folder = state or default_state()
     with Ledger.opened(folder) as ledger:
         answers = sum(row["answers"] for row in ledger.stats())
@@ -56,7 +58,20 @@ def build_vllm_environment(folder: Path) -> str:
             "output stands above"
         )
     return (
-        f"vLLM is in {folder}; start it with\n"
-        f"  {python} -m vllm.entrypoints.openai.api_server --model MODEL --port 8000\n"
-        "and point a model at it with base_url: http://127.0.0.1:8000/v1"
+        f"vLLM is in {folder}. A recipe's model says\n"
+        "  writer:\n"
+        "    kind: vllm\n"
+        "    model: FOLDER                # or a Hub name with its revision\n"
+        f"    python: {python.absolute()}\n"
+        "and is started when it is asked, and stopped after. "
+        f"GPUs that it may take: {_gpus()}"
     )
+
+
+def _gpus() -> str:
+    """The GPUs that local models may take, for people."""
+    try:
+        names = gpu_names()
+    except InputError as error:
+        return str(error)
+    return ", ".join(names) or "none (CUDA_VISIBLE_DEVICES, nvidia-smi and DATAKIT_GPUS name none)"

@@ -55,7 +55,7 @@ def execute(
 ) -> Markers:
     """Run every step; returns the markers of each. Raises whatever stopped the run.
 
-    through: do one pass, and return what there is where rows are pending after it.
+    through: do one pass, and return what there is where rows are unfinished after it.
     """
     markers: Markers = []
     kinds = recipe.kinds()
@@ -78,7 +78,7 @@ def execute(
             for lane, run in enumerate(runs)
         ]
         results = spread(works) if through else _finished(works, spread)
-        if _pending(results):
+        if _pending(results) or (through and _unanswered(results)):
             return markers + [
                 [done for result in results for done in result[position]]
                 for position in range(len(stage))
@@ -114,7 +114,12 @@ def _finished(works: Sequence[Work], spread: Spread) -> Sequence[Markers]:
 def _pending(results: Sequence[Markers]) -> set[str]:
     """Why parts are pending, where any are."""
     dones = (done for markers in results for step in markers for done in step)
-    return {reason for done in dones if done.status == "pending" for reason in done.reasons}
+    waiting = (reason for done in dones if done.status == "pending" for reason in done.reasons)
+    return {reason for joined in waiting for reason in joined.split()}
+
+
+def _unanswered(results: Sequence[Markers]) -> bool:
+    return any(done.unanswered for markers in results for step in markers for done in step)
 
 
 def stages(steps: Sequence[PlacedStep]) -> Iterator[tuple[int, tuple[PlacedStep, ...]]]:

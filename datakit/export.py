@@ -11,16 +11,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from datakit.records import Pair, Record, from_frame
+from datakit.ids import ID_BYTES
+from datakit.records import Pair, Record, each_record, pieces
 from datakit.values import small
-from datakit.versions import PublishedFile, flatten
+from datakit.versions import PublishedFile, Version, flatten
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROW_GROUP = 10_000
+
+HASHED = np.dtype([("id", f"S{ID_BYTES}"), ("hash", "S16")])
+"""A published row: its id and the hash of all that stands in it."""
+
+Hashes = NDArray[np.void]
+
+_WIDTH = 2 * HASHED.itemsize
 
 
 def published(
@@ -30,20 +40,32 @@ def published(
     flat = flatten(kind, frame, measures, labels)
     first = ["id", *kind.own]
     if kind is Pair:
-        keys = [row.pair_key for row in from_frame(Pair, frame)]
+        keys = [row.pair_key for row in each_record(Pair, frame)]
         flat = flat.with_columns(pl.Series("pair_key", keys, dtype=pl.String()))
         first = ["id", "pair_key", *kind.own]
     return flat.select(*first, pl.exclude(first))
 
 
-def row_hashes(frame: pl.DataFrame) -> pl.DataFrame:
-    """`id` and `hash` of every row: blake2b over its JSON with the columns in name order."""
+def row_hashes(frame: pl.DataFrame) -> Hashes:
+    """The packed id and the hash of every row: blake2b over its JSON, columns in name order."""
     names = sorted(frame.columns)
-    hashes: list[str] = []
-    for start in range(0, frame.height, ROW_GROUP):
-        lines = frame.slice(start, ROW_GROUP).select(names).write_ndjson().encode().splitlines()
-        hashes += [hashlib.blake2b(line, digest_size=16).hexdigest() for line in lines]
-    return frame.select("id").with_columns(pl.Series("hash", hashes, dtype=pl.String()))
+    found: list[bytes] = []
+    for piece in pieces(frame.select(names)):
+        lines = piece.write_ndjson().encode().splitlines()
+        for row_id, line in zip(piece["id"].to_list(), lines, strict=True):
+            found += [bytes.fromhex(row_id), hashlib.blake2b(line, digest_size=16).digest()]
+    return np.frombuffer(b"".join(found), HASHED)
+
+
+def config_hashes(version: Version, config: str) -> Hashes:
+    """`row_hashes` of a published config, read some rows at a time."""
+    files = [file for file in version.manifest.files if file.config == config]
+    frames = (
+        pl.scan_parquet(version.folder / file.path).slice(start, ROW_GROUP).collect()
+        for file in files
+        for start in range(0, file.rows, ROW_GROUP)
+    )
+    return np.concatenate([np.zeros(0, HASHED), *map(row_hashes, frames)])
 
 
 class ConfigWriter:
@@ -54,7 +76,7 @@ class ConfigWriter:
         self._config = config
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._rows: dict[str, int] = {}
-        self._hashes: list[pl.DataFrame] = []
+        self._hashes = [np.zeros(0, HASHED)]
 
     def write(self, frame: pl.DataFrame) -> None:
         """Rows in order; each goes to the file of its column `split`."""
@@ -77,15 +99,14 @@ class ConfigWriter:
             self._writers[name].write_table(table, row_group_size=ROW_GROUP)
             self._rows[name] = self._rows.get(name, 0) + part.height
 
-    def close(self) -> tuple[list[PublishedFile], pl.DataFrame]:
-        """The files, and `id` and `hash` of every row written."""
+    def close(self) -> tuple[list[PublishedFile], Hashes]:
+        """The files, and the hashes of all rows written."""
         files: list[PublishedFile] = []
         for split, writer in sorted(self._writers.items()):
             writer.close()
             name = f"{self._config}/{split}-00000-of-00001.parquet"
             files.append(described(self._folder, name, self._config, split, self._rows[split]))
-        none = pl.DataFrame(schema={"id": pl.String(), "hash": pl.String()})
-        return files, pl.concat([none, *self._hashes])
+        return files, np.concatenate(self._hashes)
 
 
 def write_frames(path: Path, frames: Iterable[pl.DataFrame]) -> None:
@@ -111,11 +132,21 @@ def described(folder: Path, name: str, config: str, split: str, rows: int) -> Pu
     )
 
 
-def dataset_digest(hashes: Iterable[tuple[str, pl.DataFrame]]) -> str:
+def dataset_digest(hashes: Iterable[tuple[str, Hashes]]) -> str:
     """Hash over every published column of every config in id order; files do not matter."""
     whole = hashlib.blake2b(digest_size=16)
-    for config, frame in sorted(hashes, key=lambda one: one[0]):
+    for config, found in sorted(hashes, key=lambda one: one[0]):
         whole.update(f"{config}\n".encode())
-        for row_id, row_hash in frame.sort("id", "hash").iter_rows():
-            whole.update(f"{row_id} {row_hash}\n".encode())
+        ordered = in_order(found)
+        for start in range(0, len(ordered), ROW_GROUP):
+            text = ordered[start : start + ROW_GROUP].tobytes().hex()
+            for at in range(0, len(text), _WIDTH):
+                end = at + 2 * ID_BYTES
+                row_id, row_hash = text[at:end], text[end : at + _WIDTH]
+                whole.update(f"{row_id} {row_hash}\n".encode())
     return whole.hexdigest()
+
+
+def in_order(hashes: Hashes) -> NDArray[np.bytes_]:
+    """Ids with their hashes as one text each, sorted."""
+    return np.sort(hashes.view(f"S{HASHED.itemsize}"))

@@ -133,7 +133,7 @@ class Kit:
         errors = [one for one in found if isinstance(one, BaseException)]
         fatal = [one for one in errors if not isinstance(one, RowError)]
         if fatal:
-            raise next((one for one in fatal if not isinstance(one, Pending)), fatal[0])
+            raise next((one for one in fatal if not isinstance(one, Pending)), _joined(fatal))
         return cast("list[T | RowError]", found)
 
     def embed(self, role: str, texts: Sequence[str]) -> Vectors:
@@ -151,3 +151,10 @@ class Kit:
                 return path
         places = " or ".join(repr(str(path)) for path in tried)
         raise InputError(f"no file {places}")
+
+
+def _joined(waiting: Sequence[BaseException]) -> Pending:
+    """All that a row waits for, as one: its reasons, with spaces between."""
+    found = [one for one in waiting if isinstance(one, Pending)]
+    reasons = dict.fromkeys(one.reason for one in found)
+    return Pending(" ".join(reasons), found[0].detail if found else "")

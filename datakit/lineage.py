@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 from datakit.errors import Rejected
+from datakit.ids import ID_BYTES, Ids, packed
 from datakit.recipe import PlacedStep
-from datakit.records import ID_BYTES, Record, from_frame
+from datakit.records import Record, from_frame
+from datakit.splits import Codes, Names, Roots, Splits
 from datakit.step import DROPPED
 from datakit.store import Chunk, Done, Store
 from datakit.text import digest, normalise
@@ -47,26 +50,35 @@ def funnel(
 class Placed:
     """The rows of a step that have a split, read part by part: a version may outgrow memory.
 
-    splits: `id` and `split`, in the order of the rows.
+    splits: the split of each row of the step, in order; 0 for one without.
     """
 
     store: Store
     kind: type[Record]
     dones: Sequence[Done]
-    splits: pl.DataFrame
+    splits: Codes
+    named: Names
 
     def frames(self, columns: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
         """Record tables whose `split` is the assigned one, or only `id` and these columns."""
         wanted = ["id", *columns] if columns else self.kind.table_schema().names()
-        read = [name for name in wanted if name != "split"]
+        for chunk, codes in self._parts():
+            yield self._read(chunk, codes, wanted)
+
+    def _parts(self) -> Iterator[tuple[Chunk, Codes]]:
+        """Each part with the splits of its rows."""
         start = 0
         for chunk in chunks(self.dones):
-            # Both are in one order, so what belongs to this part is within its length.
-            near = self.splits.slice(start, chunk.rows)
-            frame = pl.read_parquet(self.store.path(chunk), columns=read)
-            found = frame.join(near, on="id", how="inner", maintain_order="left")
-            start += found.height
-            yield found.select(wanted)
+            yield chunk, self.splits[start : start + chunk.rows]
+            start += chunk.rows
+
+    def _read(self, chunk: Chunk, codes: Codes, columns: Sequence[str]) -> pl.DataFrame:
+        read = [name for name in columns if name != "split"]
+        frame = pl.read_parquet(self.store.path(chunk), columns=read)
+        if "split" in columns:
+            split = pl.Series("split", self.named.spelled(codes), dtype=pl.String())
+            frame = frame.with_columns(split).select(columns)
+        return frame if codes.all() else frame.filter(pl.Series(codes != 0))
 
     def names(self) -> tuple[list[str], list[str]]:
         """The names of the measures and of the labels that occur, sorted."""
@@ -79,9 +91,15 @@ class Placed:
 
     def find(self, ids: Sequence[str]) -> pl.DataFrame:
         """The rows with these ids, in a record table."""
-        none = pl.DataFrame(schema=self.kind.table_schema())
-        found = [frame.filter(pl.col("id").is_in(ids)) for frame in self.frames()]
-        return pl.concat([none, *found])
+        columns = self.kind.table_schema().names()
+        found = [pl.DataFrame(schema=self.kind.table_schema())]
+        wanted = pl.Series(ids, dtype=pl.String()).implode()
+        for chunk, codes in self._parts():
+            here = pl.read_parquet(self.store.path(chunk), columns=["id"])["id"].is_in(wanted)
+            if here.any():
+                some = self._read(chunk, np.where(here.to_numpy(), codes, 0), columns)
+                found.append(some)
+        return pl.concat(found)
 
 
 def rejects(store: Store, markers: Sequence[Sequence[Done]]) -> Iterator[pl.DataFrame]:
@@ -94,11 +112,16 @@ def rejects(store: Store, markers: Sequence[Sequence[Done]]) -> Iterator[pl.Data
 
 
 def bridging_rejects(
-    store: Store, kind: type[Record], dones: Sequence[Done], bridging: pl.DataFrame
+    store: Store, kind: type[Record], dones: Sequence[Done], splits: Splits
 ) -> Iterator[pl.DataFrame]:
     """The rows of the last step that no split can take, part by part, in REJECTS."""
-    for chunk in chunks(dones) if bridging.height else ():
-        rows = from_frame(kind, store.read(chunk).join(bridging, on="id", how="semi"))
+    start = 0
+    for chunk in chunks(dones):
+        bridging = splits.rows[start : start + chunk.rows] == 0
+        start += chunk.rows
+        if not bridging.any():
+            continue
+        rows = from_frame(kind, store.read(chunk).filter(pl.Series(bridging)))
         lost = [
             {
                 "step": "splits",
@@ -125,28 +148,28 @@ def chunks(dones: Sequence[Done]) -> list[Chunk]:
     return [chunk for done in dones for chunk in done.chunks]
 
 
-def source_roots(store: Store, kind: type[Record], source: Sequence[Done]) -> pl.DataFrame:
-    """`root`, `key` (hash of the first user turn) and `declared` split of each source row."""
-    found = [
-        pl.DataFrame(schema={"root": pl.String(), "key": pl.String(), "declared": pl.String()})
-    ]
-    for chunk in chunks(source):
-        columns = ["id", "roots", "split", *_opening(kind)]
-        frame = pl.read_parquet(store.path(chunk), columns=columns)
-        keys = [digest(normalise(text), ID_BYTES) for text in _first_turns(kind, frame)]
-        named = frame.select("roots", declared="split").with_columns(
-            key=pl.Series(keys, dtype=pl.String())
-        )
-        found.append(
-            named.explode("roots")
-            .select("key", "declared", root="roots")
-            .select("root", "key", "declared")
-        )
-    return pl.concat(found).unique("root", keep="first", maintain_order=True)
+def source_roots(store: Store, kind: type[Record], source: Sequence[Done], names: Names) -> Roots:
+    """The roots of the source rows, each with the split that the source declares."""
+    return Roots.joined(_part_roots(store, kind, chunk, names) for chunk in chunks(source))
 
 
-def duplicate_roots(store: Store, markers: Sequence[Sequence[Done]]) -> pl.DataFrame:
-    """`one`, `other`: roots that some step found to be duplicates (reasons end in `duplicate`)."""
+def _part_roots(store: Store, kind: type[Record], chunk: Chunk, names: Names) -> Roots:
+    columns = ["id", "roots", "split", *_opening(kind)]
+    frame = pl.read_parquet(store.path(chunk), columns=columns)
+    keys = packed([digest(normalise(text), ID_BYTES) for text in _first_turns(kind, frame)])
+    row = np.repeat(np.arange(frame.height), frame["roots"].list.len().to_numpy())
+    roots = packed(frame["roots"].explode().drop_nulls().to_list())
+    return Roots(roots, keys[row], names.codes(frame["split"].to_list())[row])
+
+
+def row_roots(store: Store, dones: Sequence[Done]) -> Iterator[pl.Series]:
+    """The roots of each row of a step, part by part."""
+    for chunk in chunks(dones):
+        yield pl.read_parquet(store.path(chunk), columns=["roots"])["roots"]
+
+
+def duplicate_roots(store: Store, markers: Sequence[Sequence[Done]]) -> tuple[Ids, Ids]:
+    """Pairs of roots that some step found to be duplicates (reasons end in `duplicate`)."""
     edges = [pl.DataFrame(schema={"id": pl.String(), "related": pl.String()})]
     for dones in markers:
         for done in dones:
@@ -155,21 +178,27 @@ def duplicate_roots(store: Store, markers: Sequence[Sequence[Done]]) -> pl.DataF
                 edges.append(dropped.select("id", "related"))
     pairs = pl.concat(edges)
     wanted = pl.concat([pairs["id"], pairs["related"]]).unique()
-    rows = [pl.DataFrame(schema={"id": pl.String(), "root": pl.String()})]
-    for dones in markers if wanted.len() else ():
-        scan = store.scan(
-            chunks(dones), pl.Schema({"id": pl.String(), "roots": pl.List(pl.String())})
-        )
-        known = scan.select("id", "roots").filter(pl.col("id").is_in(wanted.implode())).collect()
-        rows.append(known.explode("roots").select("id", root="roots"))
-    roots = pl.concat(rows).unique()
-    return (
-        pairs.join(roots, on="id")
-        .join(roots, left_on="related", right_on="id", suffix="_related")
-        .select(one="root", other="root_related")
-        .filter(pl.col("one") != pl.col("other"))
-        .unique()
+    known = _roots_of(store, markers, wanted) if wanted.len() else pl.DataFrame(schema=_KNOWN)
+    found = (
+        pairs.join(known, on="id")
+        .join(known, left_on="related", right_on="id", suffix="_related")
+        .filter(pl.col("root") != pl.col("root_related"))
     )
+    return packed(found["root"].to_list()), packed(found["root_related"].to_list())
+
+
+_KNOWN = pl.Schema({"id": pl.String(), "root": pl.String()})
+
+
+def _roots_of(store: Store, markers: Sequence[Sequence[Done]], wanted: pl.Series) -> pl.DataFrame:
+    """`id` and `root` of every wanted row, of whichever step; a line for each root."""
+    found = [pl.DataFrame(schema=_KNOWN)]
+    for dones in markers:
+        for chunk in chunks(dones):
+            frame = pl.read_parquet(store.path(chunk), columns=["id", "roots"])
+            near = frame.filter(pl.col("id").is_in(wanted.implode())).explode("roots")
+            found.append(near.select("id", root="roots").drop_nulls())
+    return pl.concat(found).unique()
 
 
 def _opening(kind: type[Record]) -> list[str]:

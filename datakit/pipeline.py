@@ -8,6 +8,7 @@ from typing import Any
 from datakit.engine import Spread, execute
 from datakit.errors import InputError
 from datakit.loop import rare_collections
+from datakit.models.book import Meter
 from datakit.models.budget import Budget
 from datakit.models.chat import ChatModel
 from datakit.models.identity import default_state
@@ -64,6 +65,7 @@ def run(
     )
     with rare_collections():
         markers = execute(loaded, settings, spread or here(watch, models), lanes)
+        _count_batches(settings, watch.meter)
         version, is_new = release(loaded, settings, markers)
     watch.released(version, is_new)
     return version
@@ -72,6 +74,36 @@ def run(
 def here(watch: Watch, models: Mapping[str, ChatModel] | None = None) -> Spread:
     """Do works in this process, one after another."""
     return lambda works: [perform(work, watch, models) for work in works]
+
+
+def _count_batches(settings: Settings, meter: Meter) -> None:
+    """Count what batches brought: answers went into the ledger, and were replayed from there."""
+    names = {
+        spec.resolved_identity()
+        for spec in settings.models.values()
+        if isinstance(spec, OpenAISpec) and spec.mode == "batch"
+    }
+    if not names:
+        return
+    with Ledger.opened(settings.state) as ledger:
+        rows = ledger.db.execute(
+            "SELECT model, outcome, COUNT(*), SUM(input_tokens), SUM(output_tokens), SUM(usd) "
+            "FROM attempts WHERE run = ? AND outcome != 'replayed' GROUP BY 1, 2",
+            (settings.run,),
+        ).fetchall()
+    for model, outcome, count, tokens_in, tokens_out, usd in rows:
+        if model not in names:
+            continue
+        meter.usd += usd
+        if outcome != "ok":
+            meter.failed += count
+            meter.wasted_usd += usd
+            continue
+        meter.sent += count
+        meter.input_tokens += tokens_in
+        meter.output_tokens += tokens_out
+        meter.replayed = max(0, meter.replayed - count)
+        meter.saved_usd = max(0.0, meter.saved_usd - usd)
 
 
 def settings_of(

@@ -71,6 +71,10 @@ class Progress(Watch):
         elif kind is None:
             self._line()
 
+    def pass_begins(self, aliases: Sequence[str]) -> None:
+        for alias in aliases:
+            self._counts[alias] = _Count()
+
     def step_begins(self, alias: str, rows: int) -> None:
         self._counts[alias].rows += rows
 
@@ -90,6 +94,8 @@ class Progress(Watch):
     def work_done(self, aliases: Sequence[str]) -> None:
         for alias in aliases if self._live is None else ():
             count = self._counts[alias]
+            if count.through < count.rows or not count.rows:
+                continue  # the rows that are left wait for another pass
             self._console.print(
                 f"{alias}: {count.through:,} rows in, {count.kept:,} kept, "
                 f"{count.dropped:,} dropped",

@@ -9,7 +9,7 @@ number, and for a derived row its parents, the step's alias and the slot. `id` i
 kind, origin and content, so two equal rows are two rows and a row keeps its id from run to run.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from itertools import chain
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 import polars as pl
 from pydantic import model_validator
 
+from datakit.ids import ID_BYTES
 from datakit.text import digest
 from datakit.values import (
     Labels,
@@ -33,13 +34,11 @@ from datakit.values import (
 SCHEMA_VERSION = 1
 """Raised when a kind's columns change their meaning; enters every part key."""
 
-ID_BYTES = 12
-
 BATCH = 1_000
 """Rows that are plain data at a time between tables and records, so that memory stays flat."""
 
-_BATCH_CHARACTERS = 64_000_000
-"""One text for pyarrow to read holds less than 2 GB."""
+BATCH_BYTES = 8_000_000
+"""Text of such rows at a time, about."""
 
 R = TypeVar("R", bound="Record")
 
@@ -397,21 +396,24 @@ def _other_side(name: str) -> str:
 
 def to_frame(kind: type[R], rows: Iterable[R]) -> pl.DataFrame:
     """Records as a table of `kind.table_schema()`, in order."""
+    return pl.concat([pl.DataFrame(schema=kind.table_schema()), *frames(kind, rows)])
+
+
+def frames(kind: type[R], rows: Iterable[R]) -> Iterator[pl.DataFrame]:
+    """Records as tables of about BATCH rows, made as they come."""
     # As JSON lines and by way of pyarrow, which takes nested rows several times faster than
     # polars does. (`pyarrow.array` would do too, but loads all of pandas where it is installed.)
-    tables = [pl.DataFrame(schema=kind.table_schema())]
     schema = _arrow_schema(kind)
     lines: list[str] = []
     size = 0
     for row in rows:
         lines.append(row.model_dump_json(context="frame"))
         size += len(lines[-1])
-        if len(lines) == BATCH or size > _BATCH_CHARACTERS:
-            tables.append(table_of_lines(lines, schema))
+        if len(lines) == BATCH or size > BATCH_BYTES:
+            yield table_of_lines(lines, schema)
             lines, size = [], 0
     if lines:
-        tables.append(table_of_lines(lines, schema))
-    return pl.concat(tables)
+        yield table_of_lines(lines, schema)
 
 
 @cache
@@ -422,11 +424,20 @@ def _arrow_schema(kind: type[Record]) -> Any:
 
 def from_frame(kind: type[R], frame: pl.DataFrame) -> list[R]:
     """A table of `kind.table_schema()` as records, in order."""
-    return [
-        kind.model_validate(row)
-        for batch in frame.to_arrow().to_batches(BATCH)
-        for row in batch.to_pylist()
-    ]
+    return list(each_record(kind, frame))
+
+
+def each_record(kind: type[R], frame: pl.DataFrame) -> Iterator[R]:
+    """The records of a table, in order, made as they are taken."""
+    for piece in pieces(frame):
+        for row in piece.to_arrow().to_pylist():
+            yield kind.model_validate(row)
+
+
+def pieces(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """A table in slices of at most BATCH rows and about BATCH_BYTES, however long its rows are."""
+    rows = BATCH_BYTES * frame.height // max(1, int(frame.estimated_size()))
+    return frame.iter_slices(max(1, min(BATCH, rows)))
 
 
 def measure(name: str) -> pl.Expr:

@@ -1,15 +1,16 @@
 """What holds for every row, whatever the grain: keys, identity, decisions, conservation."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import polars as pl
 
 from datakit.errors import BugError, InputError, Rejected, RowError
+from datakit.ids import ID_BYTES
 from datakit.kit import Kit
 from datakit.recipe import PlacedStep
-from datakit.records import BATCH, ID_BYTES, SCHEMA_VERSION, Record, from_frame, to_frame
+from datakit.records import BATCH, SCHEMA_VERSION, Record, from_frame, to_frame
 from datakit.session import Settings
 from datakit.step import DROPPED, Reject, Split, roles
 from datakit.text import digest
@@ -55,13 +56,15 @@ def part_key(
 
 
 def identified(
-    found: Sequence[Record | Reject], seen: Counter[str], left: int | None
-) -> tuple[list[Record], list[Dropped]]:
-    """Rows with origin and id, and what cannot be a row; counts into `seen`."""
-    rows: list[Record] = []
-    dropped: list[Dropped] = []
+    found: Iterable[Record | Reject], seen: Counter[str], dropped: list[Dropped], left: int | None
+) -> Iterator[Record]:
+    """Rows with origin and id, `left` at most; counts into `seen`.
+
+    What cannot be a row is added to `dropped` as it is met.
+    """
+    rows = 0
     for one in found:
-        if left is not None and len(rows) == left:
+        if rows == left:
             break
         if isinstance(one, Record) and one.split and not SPLIT_NAME.fullmatch(one.split):
             raise InputError(
@@ -71,7 +74,8 @@ def identified(
         if isinstance(one, Reject):
             dropped.append(_reject(one.place, one.reason, one.detail, one.raw))
         elif one.id:
-            rows.append(one)
+            rows += 1
+            yield one
         elif one.origin and seen[f"key:{one.origin}"]:
             detail = f"the key {one.origin!r} stands on an earlier row too"
             raw = one.model_dump_json()
@@ -83,8 +87,8 @@ def identified(
             origin = f"{name}#{seen[name]}"
             row_id = one.id_at(origin, content)
             update = {"origin": origin, "id": row_id, "roots": (row_id,)}
-            rows.append(one.model_copy(update=update))
-    return rows, dropped
+            rows += 1
+            yield one.model_copy(update=update)
 
 
 def _reject(place: str, reason: str, detail: str, raw: str) -> Dropped:

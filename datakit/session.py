@@ -18,6 +18,7 @@ from datakit.models.openai import OpenAIChat
 from datakit.models.prices import price_of
 from datakit.models.scripted import Scripted
 from datakit.models.specs import ChatSpec, EmbedSpec, OpenAISpec, ScriptedSpec, Spec, VLLMSpec
+from datakit.models.turns import InTurns
 from datakit.step import Step, roles
 from datakit.store import Done
 from datakit.values import Value
@@ -61,6 +62,9 @@ class Watch:
     def __init__(self) -> None:
         self.meter = Meter()
         self.is_new = False
+
+    def pass_begins(self, aliases: Sequence[str]) -> None:
+        """A pass over these steps begins: their rows are counted anew."""
 
     def step_begins(self, alias: str, rows: int) -> None:
         """`rows` more rows will go through step `alias`."""
@@ -142,9 +146,9 @@ class Session:
             return Silent(name)
         if isinstance(spec, VLLMSpec):
             urls = settings.served.get(role)
-            if urls is None:
-                return Closed(name, f"{PHASE}{role}", f"{name} is not up in this pass")
-            return OpenAIChat(spec, urls, book, price_of(spec, settings.state), self._share)
+            price = price_of(spec, settings.state)
+            up = None if urls is None else OpenAIChat(spec, urls, book, price, self._share)
+            return InTurns(spec, up, book, settings.run, f"{PHASE}{role}")
         assert isinstance(spec, OpenAISpec)
         if spec.mode == "batch":
             return Queued(name, spec, book, settings.run)

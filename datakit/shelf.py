@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from datakit.store import write_json
-from datakit.versions import dataset_folder, version_numbers
+from datakit.versions import dataset_folder, partial_numbers, version_numbers
 
 DRAFT_LIFE_S = 86_400.0
 """A draft that is older than a day belongs to no run."""
@@ -39,6 +39,16 @@ def replace(folder: Path, target: Path) -> None:
         with contextlib.suppress(FileExistsError):
             move(folder, target)
             return
+
+
+def next_partial(outputs: Path, name: str, version: str) -> str:
+    """The number of the next pre-release of a version."""
+    numbers = [
+        int(one.rpartition(".")[2])
+        for one in partial_numbers(outputs, name)
+        if one.startswith(f"{version}-")
+    ]
+    return f"{version}-partial.{max(numbers, default=0) + 1}"
 
 
 def sweep(home: Path) -> None:

@@ -1,16 +1,15 @@
 """What the commands print for people."""
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-from rich.table import Table
-
 from datakit.catalog import find_step, step_names
 from datakit.engine import Markers, execute
+from datakit.estimate import Range, summed, trial_outputs
 from datakit.lineage import funnel
 from datakit.pipeline import rehearsal
 from datakit.plan import Plan
@@ -20,7 +19,7 @@ from datakit.records import from_frame
 from datakit.session import Settings
 from datakit.step import Step
 from datakit.store import Store
-from datakit.text import plain, shorten
+from datakit.text import dollars, plain, shorten
 from datakit.versions import StepCount, Version
 from datakit.work import perform
 
@@ -36,10 +35,10 @@ def show_version(version: Version, watch: Progress) -> None:
         f"tokens: {meter.input_tokens:,} in, {meter.output_tokens:,} out"
     )
     if meter.usd or meter.saved_usd:
-        known = "" if meter.is_priced else " (models without a known price not counted)"
+        known = "" if meter.is_priced else " (without models whose price is not known)"
         print(
-            f"paid ${meter.usd:,.4f}, of which ${meter.wasted_usd:,.4f} for failed tries; "
-            f"replaying saved ${meter.saved_usd:,.4f}{known}"
+            f"paid {dollars(meter.usd)}, {dollars(meter.wasted_usd)} of it for failed tries; "
+            f"replaying saved {dollars(meter.saved_usd)}{known}"
         )
     word = "new" if watch.is_new else "unchanged"
     rows = ", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items())
@@ -51,49 +50,79 @@ def show_version(version: Version, watch: Progress) -> None:
         print(f"  {name}")
     unanswered = sum(count.unanswered for count in manifest.funnel)
     if unanswered:
-        print(f"{unanswered:,} rows went unanswered; run the same command again to ask for them")
+        rows = "1 row" if unanswered == 1 else f"{unanswered:,} rows"
+        print(f"{rows} went unanswered; run the same command again to ask for what is missing")
+    if manifest.pending:
+        wait = "1 row waits" if manifest.pending == 1 else f"{manifest.pending:,} rows wait"
+        print(
+            f"a partial pre-release: {wait} for answers; run the same command without "
+            "--finish-partial to ask for them"
+        )
 
 
 def show_plan(plan: Plan) -> None:
     """What a run will ask and cost: a table, the turns of local models, what it rests on."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("step", "role", "model"):
-        table.add_column(name, overflow="fold")
-    for name in ("known", "calls", "tokens in", "tokens out", "US$"):
-        table.add_column(name, justify="right")
-    for cost in plan.costs:
-        table.add_row(
-            cost.step,
-            cost.role,
-            plain(cost.model),
-            f"{cost.known:,}",
-            _between(cost.calls),
-            _between(cost.input_tokens),
-            _between(cost.output_tokens),
-            "unknown" if cost.usd is None else _between(cost.usd, 2),
-        )
-    console = Console(soft_wrap=True)
-    console.print(table)
-    if plan.usd is not None:
-        console.print(f"in all: US$ {_between(plan.usd, 2)}", highlight=False)
+    if not plan.costs:
+        print(f"{plan.recipe}: no step asks a model, so a run costs nothing")
+        return
+    if not any(cost.calls[2] for cost in plan.costs):
+        print(f"{plan.recipe}: every answer is there, so a run sends nothing")
+    else:
+        print(f"{'':<10} {'calls':>11} {'tokens in':>15} {'tokens out':>15} {'US$':>13}")
+        for cost in plan.costs:
+            print(f"{cost.step} asks {cost.role} ({plain(cost.model)}){_replayed(cost.known)}")
+            numbers = (cost.calls, cost.input_tokens, cost.output_tokens)
+            _show_ranges(numbers, cost.usd)
+        if len(plan.costs) > 1:
+            print("in all" + ("" if plan.is_priced else ", without what has no known price"))
+            sums = [
+                summed([getattr(cost, name) for cost in plan.costs])
+                for name in ("calls", "input_tokens", "output_tokens")
+            ]
+            _show_ranges(sums, plan.usd)
     for number, roles in enumerate(plan.loads, start=1):
-        console.print(f"turn {number}: vLLM serves {', '.join(roles)}", highlight=False)
+        print(f"turn {number}: vLLM serves {', '.join(roles)}")
     for note in plan.notes:
-        console.print(f"note: {plain(note)}", highlight=False, markup=False)
+        print(f"note: {plain(note)}")
 
 
-def _between(numbers: tuple[float, float, float], places: int = 0) -> str:
-    """The expected number, and the range where it is one."""
-    least, expected, most = (f"{number:,.{places}f}" for number in numbers)
-    return expected if least == most else f"{expected} ({least}-{most})"
+def _replayed(known: int) -> str:
+    if not known:
+        return ""
+    return f"; replays {known:,} answer{'' if known == 1 else 's'}"
 
 
-def show_rehearsal(source: str, rows: int, overrides: Sequence[str]) -> None:
-    """Run with scripted models in a temporary folder; print counts and a sample of each step."""
+def _show_ranges(numbers: Sequence[Range], usd: Range | None) -> None:
+    """Least, expected and most on a line each, or one line where they are the same."""
+    whole = (*numbers, usd or (0.0, 0.0, 0.0))
+    names = ("at least", "expected", "at most")
+    if all(one[0] == one[2] for one in whole):
+        names = ("", "exactly", "")
+    for at, name in enumerate(names):
+        calls, tokens_in, tokens_out, _ = (one[at] for one in whole)
+        cost = "unknown" if usd is None else dollars(usd[at]) if usd[2] else "free"
+        if name:
+            print(
+                f"  {name:<8} {calls:>11,.0f} {_about(tokens_in):>15} {_about(tokens_out):>15} "
+                f"{cost:>13}"
+            )
+
+
+def _about(number: float) -> str:
+    """Three digits that count: more would promise too much."""
+    places = 0 if number < 1000 else 2 - math.floor(math.log10(number))
+    return f"{round(number, places):,.0f}"
+
+
+def show_rehearsal(source: str, rows: int, overrides: Sequence[str], outputs: Path) -> None:
+    """Run with scripted models in a temporary folder; print counts and a sample of each step.
+
+    outputs: where the versions lie that a recipe may read.
+    """
     recipe = rehearsal(load_recipe(source, overrides))
     with tempfile.TemporaryDirectory(prefix="datakit-rehearsal-") as folder:
         settings = Settings(
-            outputs=Path(folder) / "outputs",
+            outputs=trial_outputs(Path(folder), outputs),
             state=Path(folder) / "state",
             base=recipe.base,
             seed=recipe.seed,

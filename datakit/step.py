@@ -13,7 +13,7 @@ takes. A row that fails raises a RowError; a row step never returns nothing.
 """
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -143,8 +143,11 @@ class SourceStep(Step, Generic[Out]):
         """The parts of the source, in order."""
         raise NotImplementedError
 
-    async def read(self, part: Range, kit: "Kit") -> Sequence[Out | Reject]:
-        """The rows of one part, in order. A row's `origin` is its key, or empty for none."""
+    async def read(self, part: Range, kit: "Kit") -> Iterable[Out | Reject]:
+        """The rows of one part, in order. A row's `origin` is its key, or empty for none.
+
+        Best made as they are taken: a part need not fit into memory.
+        """
         raise NotImplementedError
 
 

@@ -21,8 +21,12 @@ import polars as pl
 from pydantic import ValidationError
 
 from datakit.errors import OutsideError, Rejected
+from datakit.records import pieces
 from datakit.step import DROPPED
 from datakit.values import Value
+
+PART_BYTES = 16_000_000
+"""Text in a part, about: long rows make parts of fewer rows."""
 
 
 class Chunk(Value):
@@ -83,8 +87,8 @@ class Done(Value):
 def frame_digest(frame: pl.DataFrame) -> str:
     """Hash of a frame's rows as JSON, in order; the bytes of files do not matter."""
     whole = hashlib.blake2b(digest_size=16)
-    for start in range(0, frame.height, 10_000):
-        whole.update(frame.slice(start, 10_000).write_ndjson().encode())
+    for piece in pieces(frame):
+        whole.update(piece.write_ndjson().encode())
     return whole.hexdigest()
 
 
@@ -114,7 +118,7 @@ class Store:
         alias: str,
         step: str,
         kind: str,
-        rows_in: int,
+        rows_in: int | None,
         kept: Iterable[pl.DataFrame],
         dropped: Sequence[pl.DataFrame],
         hashed: bool = True,
@@ -122,6 +126,7 @@ class Store:
         """Write a part and return the marker that stands (ours, or that of whoever was first).
 
         `dropped` is looked at after `kept` is used up, so that both may come from one pass.
+        rows_in: None where it is what comes out, as for a source.
         """
         folder = self._folder(key)
         written: list[Path] = []
@@ -139,6 +144,8 @@ class Store:
             written.append(path)
             lost = pl.concat([pl.DataFrame(schema=DROPPED), *dropped])
             lost.write_parquet(path)
+            if rows_in is None:
+                rows_in = sum(chunk.rows for chunk in chunks) + lost.height
             done = Done(
                 key=key,
                 alias=alias,
@@ -165,12 +172,13 @@ class Store:
         draft.write_text(done.model_dump_json())
         try:
             while True:
+                # Counted first: a marker that comes while we look makes the link fail.
+                numbers = [_number(path) for path in folder.glob("done.*.json")]
                 standing = self.find(done.key)
                 if standing is not None and standing.status == "complete":
                     for path in written:
                         path.unlink()
                     return standing
-                numbers = [_number(path) for path in folder.glob("done.*.json")]
                 try:
                     os.link(draft, folder / f"done.{max(numbers, default=-1) + 1}.json")
                     return done
@@ -208,27 +216,53 @@ def _number(marker: Path) -> int:
 
 
 def cut(frames: Iterable[pl.DataFrame], rows_per_part: int) -> Iterator[pl.DataFrame]:
-    """A table, given piece by piece, in parts of about `rows_per_part`.
+    """A table, given piece by piece, in parts of about `rows_per_part` or PART_BYTES.
 
     Borders belong to the data: a part ends after a row whose id says so (one in `rows_per_part`
-    does), at the latest at twice that size, so that a row more or less moves one border and not
-    all that follow, and how the pieces came does not matter.
+    does, and of long rows more), at the latest at twice that size, so that a row more or less
+    moves one border and not all that follow, and how the pieces came does not matter.
     """
     waiting: list[pl.DataFrame] = []
-    size = 0
+    rows = size = 0
     for frame in frames:
         start = 0
-        hashes = frame["id"].str.slice(-8).str.to_integer(base=16)
-        for position, ends_here in enumerate((hashes % rows_per_part == 0).to_list(), start=1):
-            size += 1
-            if ends_here or size == 2 * rows_per_part:
+        numbers = frame["id"].str.slice(-8).str.to_integer(base=16).to_list()
+        lengths = frame.select(_text_bytes(frame.schema)).to_series().to_list()
+        for position, (number, length) in enumerate(zip(numbers, lengths, strict=True), start=1):
+            rows += 1
+            size += length
+            ends_here = number % rows_per_part == 0 or number * PART_BYTES < length << 32
+            if ends_here or rows == 2 * rows_per_part or size >= 2 * PART_BYTES:
                 waiting.append(frame.slice(start, position - start))
                 yield pl.concat(waiting)
-                waiting, size, start = [], 0, position
+                waiting, rows, size, start = [], 0, 0, position
         if start < frame.height:
             waiting.append(frame.slice(start))
     if waiting:
         yield pl.concat(waiting)
+
+
+def _text_bytes(schema: pl.Schema) -> pl.Expr:
+    """How many bytes of text each row holds, in columns of texts and lists of structs of texts."""
+    found: list[pl.Expr] = [pl.lit(0, pl.Int64())]
+    for name, kind in schema.items():
+        if isinstance(kind, pl.List):
+            one = _element_bytes(kind.inner)
+            if one is not None:
+                found.append(pl.col(name).list.eval(one).list.sum())
+        elif kind == pl.String():
+            found.append(pl.col(name).str.len_bytes())
+    return pl.sum_horizontal(found).cast(pl.Int64())
+
+
+def _element_bytes(kind: object) -> pl.Expr | None:
+    if kind == pl.String():
+        return pl.element().str.len_bytes()
+    if isinstance(kind, pl.Struct):
+        names = [field.name for field in kind.fields if field.dtype == pl.String()]
+        fields = [pl.element().struct.field(name).str.len_bytes() for name in names]
+        return pl.sum_horizontal(fields) if fields else None
+    return None
 
 
 def write_json(path: Path, value: object) -> None:

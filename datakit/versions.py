@@ -2,6 +2,7 @@
 
     outputs/datasets/<name>/latest.json
     outputs/datasets/<name>/versions/<x.y.z>/manifest.json, <config>/<split>-00000-of-00001.parquet
+    outputs/datasets/<name>/versions/<x.y.z>-partial.<n>/    a pre-release of what is complete
     outputs/datasets/<name>/candidates/<x.y.z>/    did not pass its gate, or waits for a person
 
 In a published table every measure is a column `<alias>.<measure>` and every label a column
@@ -20,8 +21,11 @@ from datakit.records import KINDS, Record
 from datakit.text import near_miss
 from datakit.values import Value
 
-_ADDRESS = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]*)(@(?P<version>\d+\.\d+\.\d+))?")
+_ADDRESS = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9_-]*)(@(?P<version>\d+\.\d+\.\d+(-partial\.\d+)?))?"
+)
 _NUMBER = re.compile(r"\d+\.\d+\.\d+")
+_PARTIAL = re.compile(r"(\d+\.\d+\.\d+)-partial\.(\d+)")
 _DERIVED = ("pair_key",)
 
 
@@ -40,7 +44,8 @@ class StepCount(Value):
     """One step of the funnel.
 
     failed: dropped rows that a model failed on (refused, cut, unusable or no answer), of which
-    `unanswered` are asked for again by the next run.
+    `unanswered` are asked for again by the next run. pending: dropped rows of a pre-release that
+    nobody has asked for yet.
     """
 
     alias: str
@@ -52,6 +57,7 @@ class StepCount(Value):
     reasons: dict[str, int]
     failed: int
     unanswered: int
+    pending: int = 0
 
 
 class Parent(Value):
@@ -75,7 +81,8 @@ class Manifest(Value):
     `digest` hashes every published column of every config in id order; `created` (UTC) is in no
     hash. `configs` gives the kind of each config's rows, `recipe` is the resolved recipe,
     `run_digest` hashes that recipe and every part of the run, `rejects_digest` which rows were
-    dropped why. `private`: made of rows that only trusted models may see.
+    dropped why. `private`: made of rows that only trusted models may see. `pending`: rows that a
+    pre-release leaves out, because their answers are still to be asked for; 0 in a whole version.
     """
 
     schema_version: int = 1
@@ -94,6 +101,7 @@ class Manifest(Value):
     private: bool = False
     run_digest: str = ""
     limit: int | None
+    pending: int = 0
     models: dict[str, ModelCard]
     funnel: tuple[StepCount, ...]
     configs: dict[str, str]
@@ -111,7 +119,7 @@ class Version(Value):
 
     @property
     def address(self) -> str:
-        """`name@x.y.z`."""
+        """`name@x.y.z`, of a pre-release `name@x.y.z-partial.n`."""
         return f"{self.manifest.name}@{self.manifest.version}"
 
     def scan(self, config: str = "default", split: str | None = None) -> pl.LazyFrame:
@@ -145,18 +153,23 @@ def number(version: str) -> tuple[int, int, int]:
 
 
 def version_numbers(outputs: Path, name: str) -> list[str]:
-    """Published versions of a dataset, oldest first."""
+    """Published versions of a dataset, oldest first; pre-releases are none."""
+    return sorted(filter(_NUMBER.fullmatch, _published(outputs, name)), key=number)
+
+
+def partial_numbers(outputs: Path, name: str) -> list[str]:
+    """Pre-releases of a dataset, as `x.y.z-partial.n`, by number."""
+    found = [match for one in _published(outputs, name) if (match := _PARTIAL.fullmatch(one))]
+    return [one[0] for one in sorted(found, key=lambda one: (number(one[1]), int(one[2])))]
+
+
+def _published(outputs: Path, name: str) -> list[str]:
     folder = dataset_folder(outputs, name) / "versions"
-    found = [
-        path.parent.name
-        for path in folder.glob("*/manifest.json")
-        if _NUMBER.fullmatch(path.parent.name)
-    ]
-    return sorted(found, key=number)
+    return [path.parent.name for path in folder.glob("*/manifest.json")]
 
 
 def find_version(outputs: Path, address: str) -> Version:
-    """The version at `name`, `name@x.y.z`, or in a folder given by path.
+    """The version at `name` (the newest whole one), `name@x.y.z`, or in a folder given by path.
 
     Raises InputError where there is none, naming what exists.
     """
@@ -164,16 +177,24 @@ def find_version(outputs: Path, address: str) -> Version:
         return open_version(Path(address))
     match = _ADDRESS.fullmatch(address)
     if match is None:
-        raise InputError(f"{address!r} is neither name[@x.y.z] nor the folder of a version")
+        raise InputError(
+            f"{address!r} is neither name[@x.y.z or @x.y.z-partial.n] nor the folder of a version"
+        )
     name, wanted = match["name"], match["version"]
     known = version_numbers(outputs, name)
-    if not known:
+    partial = partial_numbers(outputs, name)
+    if not known and not partial:
         names = [path.name for path in (outputs / "datasets").glob("*") if path.is_dir()]
         raise InputError(
             f"no version of dataset {name!r} under {str(outputs)!r}{near_miss(name, names)}"
         )
-    if wanted is not None and wanted not in known:
-        raise InputError(f"no version {wanted} of {name!r}; known: {', '.join(known)}")
+    if wanted is None and not known:
+        raise InputError(
+            f"{name!r} has no whole version yet; of its pre-releases, name one: "
+            f"{', '.join(f'{name}@{one}' for one in partial)}"
+        )
+    if wanted is not None and wanted not in known + partial:
+        raise InputError(f"no version {wanted} of {name!r}; known: {', '.join(known + partial)}")
     return open_version(dataset_folder(outputs, name) / "versions" / (wanted or known[-1]))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,7 @@ from datakit.loop import Room, gather, rare_collections, run_in_loop
 from datakit.models.chat import ChatModel
 from datakit.models.specs import ChatSpec
 from datakit.recipe import PlacedStep
-from datakit.records import KINDS, Record, from_frame, to_frame
+from datakit.records import KINDS, Record, frames, from_frame, to_frame
 from datakit.rows import (
     Dropped,
     batches,
@@ -32,6 +32,7 @@ from datakit.step import (
     Drop,
     FrameStep,
     GroupStep,
+    Reject,
     RowStep,
     SourceStep,
     Split,
@@ -55,6 +56,9 @@ def perform(
     row's own.
     """
     listener = watch or Watch()
+    aliases = [placed.alias for placed in work.steps]
+    if work.lane == 0:
+        listener.pass_begins(aliases)
 
     def whole() -> Markers:
         steps = [one.step for one in work.steps]
@@ -75,7 +79,7 @@ def perform(
         # A notebook or an async flow has a loop of its own: ours then needs another thread.
         with ThreadPoolExecutor(1) as pool:
             markers = pool.submit(whole).result()
-    listener.work_done([placed.alias for placed in work.steps])
+    listener.work_done(aliases)
     return markers
 
 
@@ -136,15 +140,16 @@ class _Worker:
                 seen = self._origins(dones) if seen is None else seen
                 with blamed(placed.alias, f"reading {part.name!r}"):
                     found = await step.read(part, kit)
-                rows, dropped = identified(found, seen, left)
+                drops: list[pl.DataFrame] = []
+                rows = _source_rows(placed, part.name, found, seen, left, drops)
                 done = self.store.save(
                     key,
                     placed.alias,
                     placed.name,
                     kind.__name__,
-                    len(rows) + len(dropped),
-                    cut([to_frame(kind, rows)], self.work.cut),
-                    [dropped_frame(dropped)],
+                    None,
+                    cut(rows, self.work.cut),
+                    drops,
                 )
             self.watch.step_begins(placed.alias, done.rows_in)
             self.watch.part_done(done)
@@ -224,7 +229,7 @@ class _Worker:
 
         def saved() -> Done:
             kept, drops = _tables(gives, results)
-            pending = self._pending(drops)
+            pending = self._pending(kept, drops)
             if pending:
                 return Done.pending(key, placed.alias, placed.name, frame.height, pending)
             return self._saved(placed, gives, key, frame, kept, drops)
@@ -249,9 +254,12 @@ class _Worker:
             key, placed.alias, placed.name, gives.__name__, frame.height, [kept], [drops]
         )
 
-    def _pending(self, drops: pl.DataFrame) -> dict[str, int]:
-        """Why a part must wait, and for how many rows; with `finish_partial` none does."""
-        if self.settings.finish_partial:
+    def _pending(self, kept: pl.DataFrame, drops: pl.DataFrame) -> dict[str, int]:
+        """Why a part must wait, and for how many rows.
+
+        With `finish_partial` none does, but where requests are only counted, and no row goes on.
+        """
+        if self.settings.finish_partial and (kept.height or not self.settings.instead):
             return {}
         waiting = drops.filter(pl.col("kind") == Pending.__name__)["reason"]
         return dict(waiting.value_counts().iter_rows())
@@ -311,7 +319,7 @@ class _Worker:
             kept = to_frame(gives, [row for rows, _ in results for row in rows])
             drops = dropped_frame([drop for _, dropped in results for drop in dropped])
             frame = pl.concat(groups)
-            pending = self._pending(drops)
+            pending = self._pending(kept, drops)
             if pending:
                 return Done.pending(key, placed.alias, placed.name, frame.height, pending)
             conserve(placed.alias, frame, kept, drops)
@@ -411,6 +419,22 @@ class _Worker:
             drops.append(dropped)
             if kept.height:
                 yield kept
+
+
+def _source_rows(
+    placed: PlacedStep,
+    name: str,
+    found: Iterable[Record | Reject],
+    seen: Counter[str],
+    left: int | None,
+    drops: list[pl.DataFrame],
+) -> Iterator[pl.DataFrame]:
+    """The rows of a range, some at a time; those dropped are added to `drops` at the end."""
+    kind = placed.step.gives(None)
+    lost: list[Dropped] = []
+    with blamed(placed.alias, f"reading {name!r}"):
+        yield from frames(kind, identified(found, seen, lost, left))
+    drops.append(dropped_frame(lost))
 
 
 def _tables(

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import yaml
+from asking import datakit as asked
+from asking import recipe_of, write
+from endpoint import Endpoint
 
 
 @pytest.fixture
@@ -13,13 +16,7 @@ def datakit(tmp_path):
     """Run `datakit ...` in an empty folder."""
 
     def call(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "datakit", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return asked(tmp_path, *arguments)
 
     return call
 
@@ -136,7 +133,10 @@ def test_a_run_is_replayed_offline_from_an_export(datakit, tmp_path):
     where = ("--outputs", "elsewhere", "--state", "other")
     again = datakit("run", "smoke/pairs", "--offline", "--json", *where)
     assert json.loads(again.stdout)["digest"] == first["digest"]
-    empty = datakit("run", "smoke/pairs", "--offline", "--outputs", "x", "--state", "empty")
+    # A scripted model runs here, so that it answers offline too.
+    live = ("--set", "models.judge={kind: openai, model: x, base_url: 'http://127.0.0.1:1/v1'}")
+    where = ("--outputs", "x", "--state", "empty")
+    empty = datakit("run", "smoke/pairs", "--offline", *live, *where)
     assert empty.returncode == 4
     assert "no recorded answer" in empty.stderr
 
@@ -160,3 +160,38 @@ def test_doctor_says_what_is_there(datakit):
     assert done.returncode == 0, done.stderr
     assert "polars" in done.stdout
     assert "ledger" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("{max_tokens: 300}", "the same command goes on where it stopped, and may spend as much"),
+        ("{max_tokens: 300, per: total}", "raise the cap to go on where it stopped; --finish"),
+        ("{max_tokens: 3}", "one request may cost more; raise the cap"),
+    ],
+)
+def test_a_spent_budget_is_one_sentence_with_what_to_do(tmp_path, budget, said):
+    with Endpoint() as endpoint:
+        write(tmp_path, recipe_of(endpoint.url, 40))
+        done = asked(tmp_path, "run", "asking.yaml", "--set", f"budget={budget}")
+    assert done.returncode == 3
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("datakit: the budget of ")
+    assert said in last
+    assert "sends no answered request again" not in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_partial_run_says_that_it_is_one(tmp_path):
+    with Endpoint() as endpoint:
+        write(tmp_path, recipe_of(endpoint.url, 40))
+        none = asked(tmp_path, "run", "asking.yaml", "--finish-partial")
+        assert none.returncode == 1
+        assert "no row of 'asking' is complete yet" in none.stderr
+        assert asked(tmp_path, "run", "asking.yaml", "--max-usd", 12).returncode == 3
+        first = asked(tmp_path, "run", "asking.yaml", "--finish-partial")
+        assert "asking@1.0.0-partial.1 (new; " in first.stdout
+        assert "a partial pre-release: " in first.stdout
+        assert "calls: 0 sent, " in first.stdout
+        again = asked(tmp_path, "run", "asking.yaml", "--finish-partial")
+        assert "asking@1.0.0-partial.1 (unchanged; " in again.stdout

@@ -1,6 +1,7 @@
 """Records: identity, tables, and the flipped label."""
 
 import pickle
+from collections import Counter
 
 import polars as pl
 import pytest
@@ -41,7 +42,7 @@ def pair(prompt="q", chosen="good", rejected="bad", **more):
 
 
 def from_source(rows):
-    return identified(rows, __import__("collections").Counter(), None)[0]
+    return list(identified(rows, Counter(), [], None))
 
 
 def test_two_exact_copies_are_two_rows():
@@ -80,7 +81,8 @@ def test_an_edited_source_row_without_a_key_is_another_row():
 
 def test_equal_keys_in_a_source_are_a_reject_that_names_the_key():
     rows = [Prompt(messages=user(text), origin="k1") for text in ("a", "b")]
-    kept, dropped = identified(rows, __import__("collections").Counter(), None)
+    dropped = []
+    kept = list(identified(rows, Counter(), dropped, None))
     assert len(kept) == 1
     assert dropped[0]["reason"] == "duplicate_key"
     assert "'k1'" in dropped[0]["detail"]

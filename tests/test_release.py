@@ -135,7 +135,8 @@ def test_the_manifest_says_how_to_make_it_again(quickstart):
 
 
 def test_offline_a_missing_answer_is_one_sentence(tmp_path):
-    recipe = load_recipe("quickstart").model_copy(update={"recorded": None})
+    fast = ["models.embedder.kind=hashing", "steps.near.threshold=0.86"]
+    recipe = load_recipe("quickstart", fast).model_copy(update={"recorded": None})
     with pytest.raises(NotRecorded, match="'recorded:writer'"):
         dk.run(recipe, outputs=tmp_path, overrides=())
 

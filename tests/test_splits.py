@@ -4,44 +4,45 @@ import polars as pl
 import pytest
 
 from datakit.errors import InputError
-from datakit.splits import ROOTS, assign_splits
+from datakit.ids import packed
+from datakit.splits import Names, Roots, assign_splits, root_frames
+from datakit.text import digest
 
 HALF = {"train": 0.5, "test": 0.5}
-NONE = pl.DataFrame(schema=ROOTS)
+LISTS = pl.List(pl.String())
 
 
 def assign(
     roots, *, rows=None, duplicates=(), previous=None, declared=None, shares=HALF, keys=None
 ):
-    """Splits by row id, the bridging rows, and the table of roots."""
-    named = {root: (keys or {}).get(root, f"key {root}") for root in roots}
-    old = [
-        {"root": root, "key": (keys or {}).get(root, f"key {root}"), "split": split}
-        for root, split in (previous or {}).items()
-    ]
+    """Splits by row, the bridging rows, and the roots that have a split."""
+    keys, names = keys or {}, Names()
+    before = previous or {}
     rows = rows or {f"row {root}": [root] for root in roots}
+
+    def table(found, splits):
+        key = hashed(keys.get(root, f"key {root}") for root in found)
+        return Roots(hashed(found), key, names.codes(splits))
+
     found = assign_splits(
-        pl.DataFrame(
-            {"id": list(rows), "roots": list(rows.values())},
-            schema={"id": pl.String(), "roots": pl.List(pl.String())},
-        ),
-        pl.DataFrame(
-            {
-                "root": list(named),
-                "key": list(named.values()),
-                "declared": [(declared or {}).get(root, "") for root in named],
-            },
-            schema={"root": pl.String(), "key": pl.String(), "declared": pl.String()},
-        ),
-        pl.DataFrame(
-            {"one": [a for a, _ in duplicates], "other": [b for _, b in duplicates]},
-            schema={"one": pl.String(), "other": pl.String()},
-        ),
-        pl.DataFrame(old, schema=ROOTS),
+        [pl.Series([[digest(one, 12) for one in made] for made in rows.values()], dtype=LISTS)],
+        table(roots, [(declared or {}).get(root, "") for root in roots]),
+        (hashed(one for one, _ in duplicates), hashed(other for _, other in duplicates)),
+        table(list(before), before.values()),
+        names,
         shares,
         0,
     )
-    return dict(found.rows.iter_rows()), found.bridging["id"].to_list(), found.roots
+    splits = dict(zip(rows, names.spelled(found.rows), strict=True))
+    bridging = [row for row, split in splits.items() if not split]
+    known = {digest(root, 12): root for root in (*roots, *before)}
+    written = pl.concat(root_frames(found)).select("root", "split")
+    placed = {known[root]: split for root, split in written.iter_rows()}
+    return {row: split for row, split in splits.items() if split}, bridging, placed
+
+
+def hashed(names):
+    return packed([digest(name, 12) for name in names])
 
 
 def test_shares_hold_and_every_row_has_a_split():
@@ -84,7 +85,7 @@ def test_the_bridging_newcomer_is_dropped_and_nothing_published_moves():
     )
     assert splits == {"row a": "train", "row b": "test"}
     assert bridging == ["row n"]
-    assert "n" not in roots["root"].to_list()
+    assert "n" not in roots
 
 
 def test_a_chain_of_newcomers_between_two_splits_is_dropped_whole():
@@ -118,7 +119,7 @@ def test_published_rows_that_become_neighbours_stay_where_they_are():
 
 def test_a_root_that_was_gone_comes_back_to_its_split():
     _, _, roots = assign(["a"], previous={"a": "test", "b": "train"})
-    splits, _, _ = assign(["a", "b"], previous=dict(roots.select("root", "split").iter_rows()))
+    splits, _, _ = assign(["a", "b"], previous=roots)
     assert splits == {"row a": "test", "row b": "train"}
 
 

@@ -1,4 +1,4 @@
-"""Local vLLM servers: which run together, on which GPUs; started, watched and stopped.
+"""Local vLLM servers: started, watched and stopped.
 
 vLLM lives in an environment of its own and is spoken to over HTTP. Between us and each server
 stands a guard, a process of a few megabytes: however we end, kill -9 included, it stops the server
@@ -8,7 +8,6 @@ with all of its worker processes, so that no GPU stays taken.
 import asyncio
 import contextlib
 import inspect
-import itertools
 import json
 import os
 import re
@@ -20,13 +19,18 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from datakit.errors import DatakitError, EndpointError, InputError
+from datakit.errors import DatakitError, EndpointError, InputError, OutsideError
 from datakit.loop import gather
+from datakit.models.gpus import assign, server_key
 from datakit.models.specs import VLLMSpec
-from datakit.text import canonical_json, shorten
+from datakit.text import shorten
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 RESTARTS = 3
 RESTARTS_WITHIN_S = 600.0
@@ -39,129 +43,13 @@ _TAIL_BYTES = 64 * 1024
 _SECRET = re.compile("KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 # With or without vLLM's prefix: "(EngineCore pid=7) ERROR 11-21 14:51:44 [core.py:12]   File ...".
 _FRAME = re.compile(r'(\([^)]*\) )?((ERROR|INFO|WARNING) [^]]*\] )?(  File "|  warnings|    |\s*$)')
-_ARGUMENT = re.compile("[A-Za-z][A-Za-z0-9_-]*")
-_OURS = re.compile("model|revision|tensor-parallel-size|served-model-name|host|port|uds|api-key")
-
-
-def gpu_names() -> tuple[str, ...]:
-    """The GPUs that servers may take, as CUDA_VISIBLE_DEVICES names them.
-
-    Those that CUDA_VISIBLE_DEVICES lists, else all that nvidia-smi finds; of these the first
-    `$DATAKIT_GPUS`, where that is set. Where none are listed, `$DATAKIT_GPUS` is believed: it is
-    how a machine without nvidia-smi says what it has room for. Raises InputError where it is not a
-    number, or larger than the list.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # CUDA reads the list up to the first name that is none.
-    given = (name.strip() for name in (listed or "").split(","))
-    visible = tuple(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), given))
-    room = os.environ.get("DATAKIT_GPUS", "")
-    if not room:
-        count = _nvidia_gpus() if listed is None else 0
-        return visible or tuple(str(number) for number in range(count))
-    if not re.fullmatch("[0-9]{1,4}", room):
-        raise InputError(f"DATAKIT_GPUS is {shorten(room)!r}; give a number of GPUs, 0 or more")
-    if visible and int(room) > len(visible):
-        raise InputError(
-            f"DATAKIT_GPUS is {room}, and CUDA_VISIBLE_DEVICES lists {len(visible)} "
-            f"({shorten(listed or '')!r}); lower the one or lengthen the other"
-        )
-    return (visible or tuple(str(number) for number in range(int(room))))[: int(room)]
-
-
-def visible_gpus() -> int:
-    """How many GPUs servers may take; see `gpu_names`."""
-    return len(gpu_names())
-
-
-def _nvidia_gpus() -> int:
-    """How many GPUs nvidia-smi lists; none where it is absent or finds no driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
-    try:
-        done = subprocess.run([program, "-L"], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
-    return sum(line.startswith("GPU ") for line in lines) if done.returncode == 0 else 0
-
-
-def phases(specs: Mapping[str, VLLMSpec], gpus: int) -> list[list[str]]:
-    """The roles that run together, phase after phase; each role is in one.
-
-    specs: by role, in the order of first use. A model joins the first phase that has room for all
-    of its replicas; one that takes no GPU joins the newest phase, and roles that one server can
-    serve share it. Raises InputError for a model that needs more than `gpus`.
-    """
-    packed: list[list[str]] = []
-    free: list[int] = []
-    known: dict[str, int] = {}
-    for role, spec in specs.items():
-        need, server = spec.gpus_each * spec.replicas, _server_key(spec)
-        if need > gpus:
-            raise InputError(_too_many(role, spec, gpus))
-        if server in known:
-            phase, need = known[server], 0
-        elif need == 0:
-            phase = max(len(packed) - 1, 0)
-        else:
-            fits = (number for number, left in enumerate(free) if need <= left)
-            phase = next(fits, len(packed))
-        if phase == len(packed):
-            packed.append([])
-            free.append(gpus)
-        packed[phase].append(role)
-        free[phase] -= need
-        known[server] = phase
-    return packed
-
-
-def assign(specs: Mapping[str, VLLMSpec], names: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
-    """The GPUs of each replica of each role of one phase; roles that share a server share them.
-
-    Raises InputError where they need more GPUs than there are names.
-    """
-    left = list(names)
-    taken: dict[str, list[tuple[str, ...]]] = {}
-    for role, spec in specs.items():
-        server, each = _server_key(spec), spec.gpus_each
-        if server in taken:
-            continue
-        if each * spec.replicas > len(left):
-            raise InputError(_too_many(role, spec, len(left)))
-        taken[server] = [tuple(left[n * each : (n + 1) * each]) for n in range(spec.replicas)]
-        del left[: each * spec.replicas]
-    return {role: taken[_server_key(spec)] for role, spec in specs.items()}
-
-
-def _server_key(spec: VLLMSpec) -> str:
-    """Equal for specs that the same servers can serve: sampling and the like are not theirs."""
-    fields = {"model", "revision", "python", "tensor_parallel", "replicas", "args", "environment"}
-    return canonical_json(spec.model_dump(mode="json", include=fields) | {"gpus": spec.gpus_each})
-
-
-def _too_many(role: str, spec: VLLMSpec, gpus: int) -> str:
-    each, fitting = spec.gpus_each, gpus // spec.gpus_each
-    said = (
-        f"models.{role} needs {each * spec.replicas} GPUs (replicas {spec.replicas} × {each}), "
-        f"and there are {gpus}"
-    )
-    if fitting:
-        return f"{said}; set models.{role}.replicas to {fitting} or less"
-    field = "tensor_parallel" if spec.gpus is None else "gpus"
-    return (
-        f"{said}; lower models.{role}.{field}, or say with DATAKIT_GPUS how many there are; "
-        "a vLLM for CPUs takes gpus: 0"
-    )
 
 
 def server_command(spec: VLLMSpec, name: str, port: int) -> list[str]:
     """The command line of one server.
 
-    Raises InputError where there is no such Python or folder, and for arguments that cannot be.
     Of `args`, True is a bare flag, False `--no-flag`, a list several values, a mapping JSON, and
-    None left out.
+    None left out. Raises InputError where there is no such Python or folder.
     """
     python = shutil.which(spec.python or sys.executable)
     if python is None:
@@ -182,18 +70,7 @@ def server_command(spec: VLLMSpec, name: str, port: int) -> list[str]:
     if spec.tensor_parallel > 1:
         command.append(f"--tensor-parallel-size={spec.tensor_parallel}")
     for key, value in spec.args.items():
-        flag = key.replace("_", "-")
-        if not _ARGUMENT.fullmatch(key):
-            raise InputError(
-                f"args of model {spec.model!r}: {key!r} is not the name of an engine argument; "
-                "write it as max_model_len, without dashes before it"
-            )
-        if _OURS.fullmatch(flag):
-            raise InputError(
-                f"args of model {spec.model!r}: leave out {key!r}; datakit sets it, from the "
-                "fields model, revision and tensor_parallel"
-            )
-        command += _rendered(flag, value)
+        command += _rendered(key.replace("_", "-"), value)
     return command
 
 
@@ -293,6 +170,7 @@ class VLLMServer:
         self._grace_s = grace_s
         self._process: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
+        self._refusing: web.AppRunner | None = None
         self._port = 0
         self._log_start = 0
         self._up = asyncio.Event()
@@ -347,17 +225,45 @@ class VLLMServer:
             await self._answers()
 
     async def until_up(self) -> None:
-        """Return when it answers: at once, unless it is being started again.
-
-        For callers that would else use up their retries while a large model loads.
-        """
+        """Return when it answers: at once, unless it is being started again."""
         await self._up.wait()
+
+    async def refuse(self, why: BaseException) -> None:
+        """Stop it, and answer every request at its address with 404 until `stop`.
+
+        Whoever asks it works in another thread or process, and would else wait for its return.
+        """
+        from aiohttp import web
+
+        said = {"error": {"message": shorten(f"the server is given up: {why}", 500)}}
+
+        async def refused(request: web.Request) -> web.Response:
+            await request.read()
+            return web.json_response(said, status=404)
+
+        await self._end()
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", refused)
+        self._refusing = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._refusing.setup()
+        assert self._held is not None
+        await web.SockSite(self._refusing, self._held).start()
 
     async def stop(self) -> None:
         """Stop it with all its processes; does nothing where it does not run.
 
         It is killed where it takes longer than the grace time, and at once when cancelled.
         """
+        try:
+            await self._end()
+            if self._refusing is not None:
+                await self._refusing.cleanup()
+        finally:
+            if self._held is not None:
+                self._held.close()
+
+    async def _end(self) -> None:
+        """Stop its processes; its port stays ours."""
         process, self._process = self._process, None
         self._up.clear()
         try:
@@ -370,8 +276,6 @@ class VLLMServer:
                 # One that hangs in a driver cannot be killed, and must not hang us.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=_KILL_S)
-            if self._held is not None:
-                self._held.close()
 
     def _launch(self) -> None:
         command = server_command(self._spec, self._name, self._port)
@@ -446,30 +350,41 @@ async def serving(
     """Start the servers of all roles at once, watch them, and stop them at the end.
 
     specs: the roles of one phase. names: the GPUs they may take. folder: of the logs, `ROLE-N.log`.
-    Yields the replicas of each role, which take requests for `spec.model`. Raises what `start` and
-    `assign` raise; a server that is given up cancels the body and raises its EndpointError.
+    Yields the replicas of each role, which take requests for `spec.model`. A server that is given
+    up refuses all requests from then on. Raises what `start` and `assign` raise, and at the end the
+    error of a server that was given up, instead of what it has led to.
     """
     places = assign(specs, names)
     made: dict[str, list[VLLMServer]] = {}
     for role, spec in specs.items():
-        if _server_key(spec) not in made:
+        if server_key(spec) not in made:
             safe = re.sub(r"[^\w.-]", "_", role)
-            made[_server_key(spec)] = [
+            made[server_key(spec)] = [
                 VLLMServer(spec, spec.model, gpus, folder / f"{safe}-{number}.log")
                 for number, gpus in enumerate(places[role])
             ]
     every = [server for replicas in made.values() for server in replicas]
+    errors: list[Exception] = []
+
+    async def watch(server: VLLMServer) -> None:
+        try:
+            await server.watch()
+        except Exception as error:
+            errors.append(error)
+            await server.refuse(error)
+
     try:
         await gather([server.start() for server in every])
-        async with asyncio.TaskGroup() as group:
-            watching = [group.create_task(server.watch()) for server in every]
-            yield {role: made[_server_key(spec)] for role, spec in specs.items()}
+        watching = [asyncio.create_task(watch(server)) for server in every]
+        try:
+            yield {role: made[server_key(spec)] for role, spec in specs.items()}
+        except OutsideError as error:
+            raise (errors or [error])[0] from None
+        finally:
             for task in watching:
                 task.cancel()
-    except BaseExceptionGroup as errors:
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
+            await asyncio.gather(*watching, return_exceptions=True)
+        if errors:
+            raise errors[0]
     finally:
         await asyncio.gather(*(server.stop() for server in every))

@@ -13,7 +13,15 @@ import yaml
 
 from datakit.report.columns import column_lines
 from datakit.report.numbers import NOT_STATED
-from datakit.report.page import count, duels, gate_lines, headline, percent, short_number
+from datakit.report.page import (
+    count,
+    duels,
+    gate_lines,
+    headline,
+    percent,
+    short_number,
+    unfinished,
+)
 from datakit.report.words import reason_words
 from datakit.text import plain
 from datakit.versions import Manifest
@@ -41,6 +49,7 @@ def render_card(manifest: Manifest, report: Mapping[str, Any]) -> str:
     )
     sections = (
         f"# {inert(manifest.name)}",
+        f"**{unfinished(manifest)}**" if manifest.pending else "",
         _paragraphs(manifest.description),
         _opening(manifest, report),
         _section("Load it", _snippets(manifest)),

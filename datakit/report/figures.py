@@ -1,6 +1,8 @@
 """Figures over columns: summaries with histograms, shares with intervals, what a judge did."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -83,33 +85,60 @@ def _round_step(width: float) -> float:
     return next(power * lead for lead in (1, 2, 5, 10) if power * lead >= width * (1 - 1e-9))
 
 
-def judge_figures(verdicts: pl.DataFrame) -> dict[str, Any]:
-    """Counts and biases over the raw pairwise verdicts, as `verdict_lines` gives them.
+class JudgeCounts:
+    """What is counted of raw verdicts, part by part; the verdicts of a row come together."""
 
-    first_share: of decided verdicts, those for what was shown first; flip_share: of pairs of
-    responses that one judge saw in both orders, those whose winner changes with the order (a tie
-    in one order is no flip); tie_share: of all pairwise verdicts. Each with n and its interval.
-    """
-    pairwise = verdicts.filter(
-        pl.col("form") == "pairwise", pl.col("shown").list.len() == 2
-    ).with_columns(
-        one=pl.col("shown").list.get(0),
-        other=pl.col("shown").list.get(1),
-        lean=pl.col("scores").list.get(0) - pl.col("scores").list.get(1),
-    )
-    first = int((pairwise["lean"] > 0).sum())
-    second = int((pairwise["lean"] < 0).sum())
-    ties = pairwise.height - first - second
-    flips, both = _flips(pairwise)
-    return {
-        "verdicts": verdicts.height,
-        "judges": value_counts(verdicts["judge"]),
-        "templates": value_counts(verdicts["template"]),
-        "forms": value_counts(verdicts["form"]),
-        "tie_share": wilson(ties, pairwise.height),
-        "first_share": wilson(first, first + second),
-        "flip_share": wilson(flips, both),
-    }
+    def __init__(self) -> None:
+        self.names: dict[str, Counter[str]] = {
+            name: Counter() for name in ("judge", "template", "form")
+        }
+        self.pairwise = self.first = self.second = self.flips = self.both = 0
+
+    def add(self, verdicts: pl.DataFrame) -> None:
+        """Take in verdicts, as `verdict_lines` gives them."""
+        if not verdicts.height:
+            return
+        for name, counts in self.names.items():
+            counts.update(value_counts(verdicts[name]))
+        pairwise = verdicts.filter(
+            pl.col("form") == "pairwise", pl.col("shown").list.len() == 2
+        ).with_columns(
+            one=pl.col("shown").list.get(0),
+            other=pl.col("shown").list.get(1),
+            lean=pl.col("scores").list.get(0) - pl.col("scores").list.get(1),
+        )
+        self.pairwise += pairwise.height
+        self.first += int((pairwise["lean"] > 0).sum())
+        self.second += int((pairwise["lean"] < 0).sum())
+        flips, both = _flips(pairwise)
+        self.flips += flips
+        self.both += both
+
+    def figures(self) -> dict[str, Any]:
+        """Counts and biases over the pairwise verdicts.
+
+        first_share: of decided verdicts, those for what was shown first; flip_share: of pairs of
+        responses that one judge saw in both orders, those whose winner changes with the order (a
+        tie in one order is no flip); tie_share: of all pairwise verdicts. Each with n and its
+        interval.
+        """
+        decided = self.first + self.second
+        return {
+            "verdicts": self.names["judge"].total(),
+            "judges": ranked(self.names["judge"]),
+            "templates": ranked(self.names["template"]),
+            "forms": ranked(self.names["form"]),
+            "tie_share": wilson(self.pairwise - decided, self.pairwise),
+            "first_share": wilson(self.first, decided),
+            "flip_share": wilson(self.flips, self.both),
+        }
+
+
+def judge_figures(verdicts: pl.DataFrame) -> dict[str, Any]:
+    """The figures of all verdicts, as `verdict_lines` gives them."""
+    counts = JudgeCounts()
+    counts.add(verdicts)
+    return counts.figures()
 
 
 def verdict_lines(judged: pl.DataFrame, first_row: int) -> pl.DataFrame:
@@ -144,8 +173,12 @@ def _flips(pairwise: pl.DataFrame) -> tuple[int, int]:
     return both.filter(pl.col("least") < 0, pl.col("most") > 0).height, both.height
 
 
-def value_counts(values: pl.Series, top: int | None = None) -> dict[str, int]:
-    """How often each text occurs, the most frequent first, then by name."""
+def value_counts(values: pl.Series) -> dict[str, int]:
+    """How often each text occurs."""
     counts = values.drop_nulls().alias("value").to_frame().group_by("value").len()
-    ranked = counts.sort(["len", "value"], descending=[True, False])
-    return dict((ranked if top is None else ranked.head(top)).iter_rows())
+    return dict(counts.iter_rows())
+
+
+def ranked(counts: Mapping[str, int], top: int | None = None) -> dict[str, int]:
+    """The most frequent first, then by name."""
+    return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:top])

@@ -1,6 +1,6 @@
 """How long the texts are, and whether the chosen ones are the longer ones."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,22 +48,14 @@ def text_lengths(kind: type[Record]) -> Iterator[pl.Expr]:
             yield whole.alias(f"{what}.{name}")
 
 
-def _counted(rows: pl.DataFrame, column: str) -> Floats:
-    """The lengths in one column of `text_lengths`, responses one by one [n]."""
-    lengths = rows[column]
-    if isinstance(lengths.dtype, pl.List):
-        lengths = lengths.explode().drop_nulls()
-    return lengths.cast(pl.Float64()).fill_null(0).to_numpy()
-
-
-def lengths(kind: type[Record], rows: pl.DataFrame) -> dict[str, Any]:
+def lengths(kind: type[Record], found_of: Callable[[str], Floats], rows: int) -> dict[str, Any]:
     """Summaries of the kind's texts in characters, and the same in `words`.
 
-    rows: with the columns of `text_lengths`. For pairs also how often the chosen answer is the
-    longer one; `equal` lengths are left out of that share.
+    found_of: the numbers in a column of `text_lengths`, responses one by one. For pairs also how
+    often the chosen answer is the longer one; `equal` lengths are left out of that share.
     """
     texts = _texts(kind)
-    chars = {name: _counted(rows, f"chars.{name}") for name in texts}
+    chars = {name: found_of(f"chars.{name}") for name in texts}
     edges: dict[str, list[float]] = {}
     if issubclass(kind, Pair):
         # The two sides share their bins, so that they can be laid side by side.
@@ -72,7 +64,7 @@ def lengths(kind: type[Record], rows: pl.DataFrame) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: summary(values, edges.get(name)) for name, values in chars.items()
     }
-    words = {name: summary(_counted(rows, f"words.{name}")) for name in texts}
+    words = {name: summary(found_of(f"words.{name}")) for name in texts}
     found["words"] = {
         name: {key: value for key, value in figures.items() if key != "histogram"}
         for name, figures in words.items()
@@ -80,5 +72,5 @@ def lengths(kind: type[Record], rows: pl.DataFrame) -> dict[str, Any]:
     if issubclass(kind, Pair):
         longer = int((chars["chosen"] > chars["rejected"]).sum())
         equal = int((chars["chosen"] == chars["rejected"]).sum())
-        found["chosen_longer"] = wilson(longer, rows.height - equal) | {"equal": equal}
+        found["chosen_longer"] = wilson(longer, rows - equal) | {"equal": equal}
     return found

@@ -4,16 +4,16 @@ A number is addressed by its dotted path (`lengths.chosen_longer.share`); a key 
 dots, as the names of measures do (`measures.pair.margin.mean`).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
-import polars as pl
-
-from datakit.report.figures import judge_figures, summary, value_counts
+from datakit.records import Pair
+from datakit.report.figures import ranked, summary
 from datakit.report.lengths import lengths
 from datakit.report.tally import Tally
 from datakit.text import near_miss, shorten
-from datakit.versions import StepCount, measure_names
+from datakit.versions import StepCount
 
 NOT_STATED = "not stated"
 _TOP = 20
@@ -39,30 +39,30 @@ def report_numbers(
     `dropped.share` and `failures.share` are of all rows that came to an end, in the dataset or in
     the rejects; `failures` are rows lost because a model failed.
     """
-    kind, rows = tally.kind, tally.rows
+    kind, rows = tally.kind, tally.height
     steps = _funnel(funnel)
     dropped = sum(step["dropped"] for step in steps.values())
     failed = sum(step["failed"] for step in steps.values())
-    ended = max(1, dropped + rows.height)
+    ended = max(1, dropped + rows)
     return {
         "kind": kind.__name__,
-        "rows": rows.height,
-        "prompts": rows["prompt"].n_unique(),
-        "splits": dict(sorted(value_counts(rows["split"]).items())),
+        "rows": rows,
+        "prompts": tally.prompts,
+        "splits": dict(sorted(tally.splits.items())),
         "funnel": steps,
         "dropped": {"rows": dropped, "share": dropped / ended},
         "failures": {
             "rows": failed,
             "share": failed / ended,
-            "kept_with_failures": int(rows["partly"].sum()),
+            "kept_with_failures": tally.partly,
         },
-        "lengths": lengths(kind, rows),
-        "measures": _measures(rows),
-        "judge": judge_figures(tally.verdicts),
-        "models": _models(rows),
-        "categories": _categories(rows),
-        "licenses": value_counts(_stated(rows["license"])),
-        "sources": _sources(rows),
+        "lengths": lengths(kind, tally.lengths, rows),
+        "measures": {name: summary(tally.measured(name)) for name in tally.measure_names},
+        "judge": tally.judge.figures(),
+        "models": _models(tally),
+        "categories": _categories(tally.labels),
+        "licenses": _licenses(tally.origins),
+        "sources": _sources(tally.origins),
         "samples": list(samples),
     }
 
@@ -139,50 +139,46 @@ def _funnel(funnel: Sequence[StepCount]) -> dict[str, dict[str, Any]]:
     return steps
 
 
-def _measures(rows: pl.DataFrame) -> dict[str, Any]:
-    pairs = rows["measures"].explode().drop_nulls()
-    names, values = pairs.struct.field("name"), pairs.struct.field("value")
+def _models(tally: Tally) -> list[dict[str, Any]]:
+    """Who was preferred over whom; for candidates, who answered how often."""
+    most_first = sorted(tally.models.items(), key=lambda one: (-one[1], one[0]))
+    if issubclass(tally.kind, Pair):
+        return [
+            {"chosen": chosen, "rejected": rejected, "pairs": n}
+            for (chosen, rejected), n in most_first
+        ]
+    return [{"model": model, "responses": n} for (model,), n in most_first]
+
+
+def _categories(labels: Mapping[str, Counter[str]]) -> dict[str, dict[str, Any]]:
+    """For each label: rows that have it, distinct values, and the 20 most frequent ones."""
     return {
-        name: summary(values.filter(names == name).drop_nulls().to_numpy())
-        for name in measure_names(rows)
+        name: {
+            "rows": labels[name].total(),
+            "distinct": len(labels[name]),
+            "values": ranked(labels[name], _TOP),
+        }
+        for name in sorted(labels)
     }
 
 
-def _models(rows: pl.DataFrame) -> list[dict[str, Any]]:
-    """Who was preferred over whom; for candidates, who answered how often."""
-    if "chosen" in rows.columns:
-        grouped = rows.group_by("chosen", "rejected").agg(pairs=pl.len())
-        return grouped.sort(
-            ["pairs", "chosen", "rejected"], descending=[True, False, False]
-        ).to_dicts()
-    if "models" in rows.columns:
-        models = value_counts(rows["models"].explode())
-        return [{"model": name, "responses": n} for name, n in models.items()]
-    return []
+def _stated(text: str) -> str:
+    return text if text.strip() else NOT_STATED
 
 
-def _categories(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """For each label: rows that have it, distinct values, and the 20 most frequent ones."""
-    labels = rows["labels"].explode().drop_nulls()
-    names, values = labels.struct.field("name"), labels.struct.field("value")
-    found: dict[str, dict[str, Any]] = {}
-    for name in measure_names(rows, "labels"):
-        own = values.filter(names == name)
-        counts = value_counts(own, _TOP)
-        found[name] = {"rows": own.len(), "distinct": own.n_unique(), "values": counts}
-    return found
+def _licenses(origins: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for (_, license_), rows in origins.items():
+        counts[_stated(license_)] += rows
+    return ranked(counts)
 
 
-def _stated(values: pl.Series) -> pl.Series:
-    stated = pl.col("stated")
-    frame = values.alias("stated").to_frame()
-    return frame.select(
-        pl.when(stated.str.strip_chars() == "").then(pl.lit(NOT_STATED)).otherwise(stated)
-    ).to_series()
-
-
-def _sources(rows: pl.DataFrame) -> list[dict[str, Any]]:
+def _sources(origins: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
     """Rows by source and licence, the largest first."""
-    columns = {"source": _stated(rows["source"]), "license": _stated(rows["license"])}
-    counts = pl.DataFrame(columns).group_by("source", "license").agg(rows=pl.len())
-    return counts.sort(["rows", "source", "license"], descending=[True, False, False]).to_dicts()
+    counts: Counter[tuple[str, str]] = Counter()
+    for (source, license_), rows in origins.items():
+        counts[_stated(source), _stated(license_)] += rows
+    return [
+        {"source": source, "license": license_, "rows": rows}
+        for (source, license_), rows in sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    ]

@@ -45,6 +45,7 @@ def render_page(manifest: Manifest, report: Mapping[str, Any]) -> str:
         m=manifest,
         r=report,
         summary=headline(manifest, report),
+        unfinished=unfinished(manifest),
         gates=gate_lines(manifest, report),
         funnel=_funnel(report),
         lengths=_lengths(report),
@@ -88,7 +89,7 @@ def safe_text(value: object) -> str:
 
 def headline(manifest: Manifest, report: Mapping[str, Any]) -> str:
     """One sentence that says what a reader must know first."""
-    rows, dropped = report["rows"], report["dropped"]["rows"]
+    rows, dropped = report["rows"], report["dropped"]["rows"] - manifest.pending
     noun = {"Pair": "preference pair", "Label": "labelled answer"}.get(report["kind"], "row")
     said = f"{count(rows)} {noun}{'' if rows == 1 else 's'}"
     said += f" over {count(report['prompts'])} prompt{'' if report['prompts'] == 1 else 's'}; "
@@ -98,6 +99,17 @@ def headline(manifest: Manifest, report: Mapping[str, Any]) -> str:
         return said + "No gate was set."
     total = len(manifest.gate)
     return said + (f"{failed} of {total} gates failed." if failed else f"All {total} gates passed.")
+
+
+def unfinished(manifest: Manifest) -> str:
+    """What a reader of a pre-release must know before all else; empty for a whole version."""
+    if not manifest.pending:
+        return ""
+    rows = "1 row is" if manifest.pending == 1 else f"{count(manifest.pending)} rows are"
+    return (
+        f"A partial pre-release: {rows} pending and left out, because their answers were not yet "
+        "asked for. It is no base for later versions."
+    )
 
 
 def gate_lines(manifest: Manifest, report: Mapping[str, Any]) -> list[dict[str, Any]]:

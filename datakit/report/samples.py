@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
+from datakit.ids import spelled
 from datakit.records import (
     Candidates,
     Conversation,
@@ -16,10 +18,8 @@ from datakit.records import (
     Prompt,
     Record,
     from_frame,
-    measure,
 )
 from datakit.report.tally import Tally
-from datakit.versions import measure_names
 
 Find = Callable[[Sequence[str]], pl.DataFrame]
 
@@ -36,8 +36,8 @@ def samples(tally: Tally, find_rows: Find, find_judged: Find | None = None) -> l
     Each text is `{content, more}`: its first 4,000 characters and how many more there are.
     find_rows, find_judged: the rows of record tables that have these ids, in any order.
     """
-    margin = _margin_name(tally.rows)
-    drawn = _drawn(tally.rows, margin)
+    margin = _margin_name(tally.measure_names)
+    drawn = _drawn(tally, margin)
     found = {row.id: row for row in from_frame(tally.kind, find_rows(drawn))}
     records = [found[row_id] for row_id in drawn]
     judged: dict[str, Judged] = {}
@@ -47,32 +47,30 @@ def samples(tally: Tally, find_rows: Find, find_judged: Find | None = None) -> l
     return [_sample(row, margin, judged) for row in records]
 
 
-def _margin_name(rows: pl.DataFrame) -> str | None:
+def _margin_name(names: Sequence[str]) -> str | None:
     """The first measure named `margin`; None where no step measured one."""
-    names = measure_names(rows)
     return next((name for name in names if name.rpartition(".")[2] == "margin"), None)
 
 
-def _drawn(rows: pl.DataFrame, margin: str | None) -> list[str]:
+def _drawn(tally: Tally, margin: str | None) -> list[str]:
     """The ids of rows taken in turn from 20 equal stretches of the margin.
 
     Ids are hashes: within a stretch their order is as good as a draw, and the same every time.
     """
-    found = rows.select(
-        "id", margin=pl.lit(None, pl.Float64()) if margin is None else measure(margin)
-    )
-    low, high = pl.col("margin").min(), pl.col("margin").max()
-    place = ((pl.col("margin") - low) / (high - low) * SAMPLES).floor()
-    stretch = pl.when(high > low).then(place.clip(0, SAMPLES - 1)).otherwise(0).fill_null(-1)
-    drawn = (
-        found.with_columns(stretch=stretch)
-        .sort("id")
-        .with_columns(turn=pl.int_range(pl.len()).over("stretch"))
-        .sort("turn", "stretch", "id")
-        .head(SAMPLES)
-        .sort("margin", "id", nulls_last=True)
-    )
-    return drawn["id"].to_list()
+    ids = tally.ids
+    stretch = np.zeros(len(ids), np.int64)
+    margins = np.full(len(ids), np.nan)
+    if margin is not None:
+        margins = tally.measure_of_each(margin)
+        low, high = np.nanmin(margins), np.nanmax(margins)
+        if high > low:
+            place = np.floor((margins - low) / (high - low) * SAMPLES).clip(0, SAMPLES - 1)
+            stretch = np.where(np.isnan(place), -1, place).astype(np.int64)
+    order = np.lexsort((ids, stretch))
+    starts = np.searchsorted(stretch[order], stretch[order])
+    turn = np.arange(len(ids)) - starts
+    some = order[np.argsort(turn, kind="stable")[:SAMPLES]]
+    return spelled(ids[some[np.lexsort((ids[some], margins[some]))]])
 
 
 def _sample(row: Record, margin: str | None, ratings: dict[str, Judged]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _REASONS = {
     "too_few_answers": "fewer models answered than the recipe needs",
     "too_few_verdicts": "fewer verdicts arrived than the recipe needs",
     "truncated": "the better answer was cut by its length",
+    "unfinished": "pending: its answers were not yet asked for",
     "unjudged": "fewer than two answers have verdicts",
     "unknown_role": "a turn has a role that is neither system, user nor assistant",
     "wrong_type": "a column of the source has another type than it needs",

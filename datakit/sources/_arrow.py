@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datakit.errors import Rejected
+from datakit.records import BATCH
 from datakit.sources._layouts import Layout, Row
 from datakit.sources._table import reject
 from datakit.step import Reject
@@ -39,12 +40,14 @@ def table_rows(layout: Layout, number: int, table: Any) -> Iterator[Row | Reject
 
     A text that is not UTF-8 rejects its row only.
     """
-    try:
-        rows = table.to_pylist()
-    except UnicodeDecodeError:
-        yield from _one_by_one(layout, number, table)
-    else:
-        yield from rows
+    for start in range(0, table.num_rows, BATCH):
+        some = table.slice(start, BATCH)
+        try:
+            rows = some.to_pylist()
+        except UnicodeDecodeError:
+            yield from _one_by_one(layout, number + start, some)
+        else:
+            yield from rows
 
 
 def _one_by_one(layout: Layout, number: int, table: Any) -> Iterator[Row | Reject]:

@@ -72,11 +72,11 @@ class TabularSource(SourceStep[Record]):
             return ()
         return (self.group_by,) if isinstance(self.group_by, str) else self.group_by
 
-    def converted(self, rows: Iterable[Numbered]) -> list[Record | Reject]:
+    def converted(self, rows: Iterable[Numbered]) -> Iterable[Record | Reject]:
         """Rows in order, each as its record or as the reject that says why not."""
         if self.group_by is not None:
             return self._grouped(rows)
-        return [_record(layout, number, row) for layout, number, row in rows]
+        return (_record(layout, number, row) for layout, number, row in rows)
 
     def _grouped(self, rows: Iterable[Numbered]) -> list[Record | Reject]:
         """The rejected rows, then the groups in the order of their first row."""

@@ -9,7 +9,7 @@ Measures: those of the version, under the names that they have there.
 Drops: nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import polars as pl
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from datakit.errors import InputError
 from datakit.kit import Kit
-from datakit.records import KINDS, Record, from_frame
+from datakit.records import KINDS, Record, each_record
 from datakit.step import Range, Reject, SourceStep
 from datakit.text import near_miss
 from datakit.versions import Version, find_version, unflatten
@@ -61,7 +61,7 @@ class Dataset(SourceStep[Record]):
                         fingerprint=file.sha256,
                     )
 
-    async def read(self, part: Range, kit: Kit) -> Sequence[Record | Reject]:
+    async def read(self, part: Range, kit: Kit) -> Iterable[Record | Reject]:
         version = self._version(kit)
         split = next(file.split for file in version.manifest.files if file.path == part.name)
         path = version.folder / part.name
@@ -73,7 +73,7 @@ class Dataset(SourceStep[Record]):
         frame = unflatten(kind, table).with_columns(
             pl.when(pl.col("split") == "").then(pl.lit(split)).otherwise("split").alias("split")
         )
-        return from_frame(kind, frame)
+        return each_record(kind, frame)
 
     def _version(self, kit: Kit) -> Version:
         """The version, which must have the config and the split, of the kind that is asked for."""

@@ -13,7 +13,7 @@ Drops: rows that are no valid record, as `null_value`, `wrong_type`, `empty_text
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import Field
@@ -53,7 +53,7 @@ class Hub(TabularSource):
                 fingerprint=fingerprint,
             )
 
-    async def read(self, part: Range, kit: Kit) -> Sequence[Record | Reject]:
+    async def read(self, part: Range, kit: Kit) -> Iterable[Record | Reject]:
         return self.converted(self._rows(part, kit))
 
     def _rows(self, part: Range, kit: Kit) -> Iterator[Numbered]:

@@ -17,7 +17,8 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -54,7 +55,7 @@ class Jsonl(TabularSource):
         if marks:
             yield Range(name="", fingerprint=digest(marks))
 
-    async def read(self, part: Range, kit: Kit) -> Sequence[Record | Reject]:
+    async def read(self, part: Range, kit: Kit) -> Iterable[Record | Reject]:
         files = dict(find_files(kit, self.path, SUFFIXES))
         parts = [part]
         if self.group_by is not None:
@@ -62,11 +63,8 @@ class Jsonl(TabularSource):
         return self.converted(row for one in parts for row in self._rows(one, files[one.name], kit))
 
     def _rows(self, part: Range, path: Path, kit: Kit) -> Iterator[Numbered]:
-        # The columns are looked for in the first range only, so that lines added later cannot
-        # change how it was read.
-        first = next(_runs(part.name, path))
-        known = (row for _, row in _parsed(first, path) if isinstance(row, dict))
-        types = value_types(islice(known, SAMPLE_LINES))
+        about = path.stat()
+        types = _types(part.name, path, about.st_size, about.st_mtime_ns)
         unit = _unit(path)
         if types:
             layout = self.layout(part.name, stem(part.name, SUFFIXES), unit, types, kit)
@@ -74,6 +72,17 @@ class Jsonl(TabularSource):
             layout = Layout(part.name, unit, self.kind, {})
         for number, row in _parsed(part, path):
             yield layout, number, row
+
+
+@lru_cache(maxsize=256)
+def _types(name: str, path: Path, size: int, mtime_ns: int) -> dict[str, frozenset[str]]:
+    """What the columns hold, looked at once as long as size and time of the file stand."""
+    del size, mtime_ns
+    # The columns are looked for in the first range only, so that lines added later cannot change
+    # how it was read.
+    first = next(_runs(name, path))
+    known = (row for _, row in _parsed(first, path) if isinstance(row, dict))
+    return value_types(islice(known, SAMPLE_LINES))
 
 
 def _runs(name: str, path: Path) -> Iterator[Range]:

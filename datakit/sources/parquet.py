@@ -13,7 +13,7 @@ Drops: rows that are no valid record, as `null_value`, `wrong_type`, `empty_text
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Parquet(TabularSource):
             marks = [[one.name, one.start, one.stop, one.fingerprint] for one in found]
             yield Range(name="", fingerprint=digest(marks))
 
-    async def read(self, part: Range, kit: Kit) -> Sequence[Record | Reject]:
+    async def read(self, part: Range, kit: Kit) -> Iterable[Record | Reject]:
         files = dict(find_files(kit, self.path, SUFFIXES))
         parts = [part]
         if self.group_by is not None:
