@@ -103,6 +103,7 @@ class Session:
         self._share = share
         self._book: Book | None = None
         self._chats: dict[str, Ledgered] = {}
+        self._inners: dict[str, ChatModel] = {}
         self._embedders: dict[str, CachedEmbedder] = {}
         for step in steps:
             for _, role, _ in roles(step):
@@ -115,7 +116,7 @@ class Session:
             price = price_of(spec, self.settings.state)
             if price is None and given is None:
                 self.watch.meter.is_priced = False
-            inner = self._inner(role, spec, given, self._book)
+            inner = self._shared(role, spec, given, self._book)
             self._chats[role] = Ledgered(inner, spec, self._book, price, role)
         elif isinstance(spec, EmbedSpec) and role not in self._embedders:
             self._embedders[role] = CachedEmbedder(open_embedder(spec), self.settings.state)
@@ -128,21 +129,32 @@ class Session:
             allowance = Allowance(settings.budget, ledger, settings.recipe, settings.run)
         return Book(ledger, self.watch.meter, settings.recipe, settings.run, allowance)
 
+    def _shared(self, role: str, spec: ChatSpec, given: ChatModel | None, book: Book) -> ChatModel:
+        """What answers a role; roles of one and the same spec share it, and its window."""
+        if given is not None or self.settings.instead or isinstance(spec, VLLMSpec):
+            return self._inner(role, spec, given, book)
+        key = spec.model_dump_json()
+        if key not in self._inners:
+            self._inners[key] = self._inner(role, spec, given, book)
+        return self._inners[key]
+
     def _inner(self, role: str, spec: ChatSpec, given: ChatModel | None, book: Book) -> ChatModel:
         """What answers the requests that the ledger does not know."""
         settings = self.settings
-        if given is not None:
-            return Recorded(given, spec, book)
-        name = spec.resolved_identity()
+        name = given.identity if given else spec.resolved_identity()
         if settings.instead == "count":
             return Counted(name, role, book)
         if settings.instead == "queue":
             return Queued(name, spec, book, settings.run)
-        if isinstance(spec, ScriptedSpec):
-            return Recorded(Scripted(spec), spec, book)
         if settings.finish_partial:
             return Closed(name, "unfinished", f"{name} has not answered, and nothing is sent")
-        if settings.offline or (isinstance(spec, OpenAISpec) and not spec.urls):
+        if settings.offline:
+            return Silent(name)
+        if given is not None:
+            return Recorded(given, spec, book)
+        if isinstance(spec, ScriptedSpec):
+            return Recorded(Scripted(spec), spec, book)
+        if isinstance(spec, OpenAISpec) and not spec.urls:
             return Silent(name)
         if isinstance(spec, VLLMSpec):
             urls = settings.served.get(role)

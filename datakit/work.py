@@ -43,7 +43,7 @@ from datakit.step import (
 from datakit.store import Chunk, Done, Store, cut, frame_digest
 from datakit.text import digest
 
-_USUAL_WINDOW = 256
+_USUAL_WINDOW = 1024
 """Requests in flight where a model states no number: how many parts are open follows from it."""
 
 

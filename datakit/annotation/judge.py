@@ -12,6 +12,7 @@ Drops: `too_few_verdicts` where fewer than `need` verdicts arrived; `one_text` w
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -70,8 +71,7 @@ Answer B:
 Give your reason in one to three sentences and then your verdict: "A", "B", or "tie" only if \
 neither is better."""
 
-_TAGS = ("conversation", "answer_a", "answer_b")
-_MARKS = ("<", "</")
+_TAG = re.compile(r"</?(?:conversation|answer_[ab])(_*)")
 
 
 class Judge(RowStep[Candidates | Judged | Pair, Judged]):
@@ -152,11 +152,8 @@ class Judge(RowStep[Candidates | Judged | Pair, Judged]):
         conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
         texts = (conversation, first.text, second.text)
         # A text that holds a tag must not open or close it: the tags grow beyond any in the texts.
-        tail = ""
-        while any(
-            f"{mark}{tag}{tail}" in text for text in texts for tag in _TAGS for mark in _MARKS
-        ):
-            tail += "_"
+        found = [len(end) for text in texts for end in _TAG.findall(text)]
+        tail = "_" * (max(found) + 1 if found else 0)
         content = fill(
             TEMPLATE,
             tail=tail,

@@ -83,11 +83,16 @@ def _finite(digits: str) -> float:
 
 
 def _plain(schema: Any, is_schema: bool = True) -> Any:
-    """Without titles, which pydantic adds, nobody needs and some endpoints refuse."""
-    if isinstance(schema, dict):
-        return {
-            key: _plain(inner, key not in ("properties", "$defs"))
-            for key, inner in schema.items()
-            if key != "title" or not is_schema
-        }
-    return [_plain(one) for one in schema] if isinstance(schema, list) else schema
+    """As strict endpoints want it: every field required, no other, no title and no default."""
+    if isinstance(schema, list):
+        return [_plain(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {
+        key: _plain(inner, key not in ("properties", "$defs"))
+        for key, inner in schema.items()
+        if not is_schema or key not in ("title", "default")
+    }
+    if is_schema and "properties" in schema:
+        plain |= {"required": list(schema["properties"]), "additionalProperties": False}
+    return plain

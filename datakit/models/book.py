@@ -57,6 +57,8 @@ class Book:
         self._answers: list[Answer] = []
         self._attempts: list[Attempt] = []
         self._writers: list[asyncio.Future[bool]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.under_way: dict[str, asyncio.Future[Reply]] = {}
         self._replayed: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
 
     def replayed(self, model: str, role: str, step: str, reply: Reply, usd: float) -> None:
@@ -84,10 +86,7 @@ class Book:
         meter.usd += usd
         self._answers.append(Answer(request.key, model, request.draw, request.text, reply))
         self._attempt(model, request, "ok", *used, usd)
-        loop = asyncio.get_running_loop()
-        if not self._writers:
-            loop.call_later(_GATHER_S, self.flush)
-        written: asyncio.Future[bool] = loop.create_future()
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._writers.append(written)
         if await written:
             return reply
@@ -104,8 +103,14 @@ class Book:
         self.meter.wasted_usd += usd
         self._attempt(model, request, outcome, *tokens, usd)
 
-    def flush(self) -> None:
-        """Write all that waits; whoever waits for it goes on, or gets the error."""
+    def flush(self) -> Exception | None:
+        """Write all that waits; whoever waits for it goes on, or gets the error, which is given.
+
+        What could not be written waits for the next time, at the latest for the end of the run.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         answers, attempts, writers = self._answers, self._attempts, self._writers
         self._answers, self._attempts, self._writers = [], [], []
         try:
@@ -113,15 +118,15 @@ class Book:
                 all_new = self.ledger.put(answers) == len(answers)
                 self._write(attempts)
         except Exception as error:
+            self._answers, self._attempts = answers + self._answers, attempts + self._attempts
             for writer in writers:
                 if not writer.done():
                     writer.set_exception(error)
-            if not writers:
-                raise
-            return
+            return error
         for writer in writers:
             if not writer.done():
                 writer.set_result(all_new)
+        return None
 
     def close(self) -> None:
         """Write the rest, and what replaying saved."""
@@ -134,7 +139,9 @@ class Book:
             )
         self._replayed.clear()
         if self._answers or self._attempts:
-            self.flush()
+            error = self.flush()
+            if error is not None:
+                raise error
         if self.allowance is not None:
             self.allowance.close()
 
@@ -147,6 +154,8 @@ class Book:
         output_tokens: int,
         usd: float,
     ) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_GATHER_S, self.flush)
         self._attempts.append(
             Attempt(
                 time.time(),

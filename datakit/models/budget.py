@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Literal
@@ -84,36 +85,37 @@ class Allowance:
     def __init__(self, budget: Budget, ledger: Ledger, recipe: str, run: str) -> None:
         self.budget = budget
         self._ledger = ledger
-        self._scope = scopes(recipe, run, time.time())[budget.per]
+        self._whose = recipe, run
+        self._scope = self._now()
         self._owner = uuid.uuid4().hex
         self._leased = (0.0, 0.0)
         self._held = (0.0, 0.0)
         self._holding = 0
-        self._settled = asyncio.Event()
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self.is_spent = False
 
     async def hold(self, usd: float, tokens: float) -> None:
         """Set aside what one request can cost. Raises Pending where too little is left."""
-        while not self._covers(usd, tokens):
-            if self.is_spent:
-                raise self._spent()
-            if self._lease(usd, tokens):
+        while self._has_rolled_over() or not self._covers(usd, tokens):
+            if not self.is_spent and self._lease(usd, tokens):
                 continue
-            if not self._holding:
+            if self.is_spent or not self._holding:
                 self.is_spent = True
+                self._wake()
                 raise self._spent()
             # What is under way may cost less than was held back for it.
-            self._settled.clear()
-            await self._settled.wait()
+            settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(settled)
+            await settled
         self._held = self._held[0] + usd, self._held[1] + tokens
         self._holding += 1
 
     def settle(self, held: tuple[float, float], cost: tuple[float, float]) -> None:
-        """A request has ended: `held` was set aside, `cost` is charged (and already written)."""
+        """A request has ended: `held` was set aside, `cost` is charged."""
         self._held = self._held[0] - held[0], self._held[1] - held[1]
         self._holding -= 1
         self._leased = self._leased[0] - cost[0], self._leased[1] - cost[1]
-        self._settled.set()
+        self._wake()
 
     def written(self, usd: float, tokens: float) -> None:
         """Charges went into the sums: the lease shrinks by as much, in the same transaction."""
@@ -126,6 +128,28 @@ class Allowance:
         """Give back what was leased and not spent."""
         with self._ledger.transaction():
             self._ledger.db.execute("DELETE FROM leases WHERE owner = ?", (self._owner,))
+
+    def _wake(self) -> None:
+        """Let the first who waits look again; all of them where nothing comes back any more."""
+        while self._waiting:
+            first = self._waiting.popleft()
+            if not first.done():
+                first.set_result(None)
+                if self._holding and not self.is_spent:
+                    return
+
+    def _now(self) -> str:
+        """The scope that is charged now."""
+        return scopes(*self._whose, time.time())[self.budget.per]
+
+    def _has_rolled_over(self) -> bool:
+        """Whether a new day or month has begun, with a budget of its own."""
+        scope = self._now()
+        if scope == self._scope:
+            return False
+        self.close()
+        self._scope, self._leased, self.is_spent = scope, (0.0, 0.0), False
+        return True
 
     def _covers(self, usd: float, tokens: float) -> bool:
         free_usd = self._leased[0] - self._held[0]

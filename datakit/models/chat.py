@@ -136,4 +136,7 @@ def wire_request(spec: ChatSpec, ask: Ask) -> dict[str, Any]:
         body["chat_template_kwargs"] = spec.chat_template_kwargs | ask.chat_template_kwargs
     if spec.extra_body or ask.extra_body:
         body |= spec.extra_body | ask.extra_body
+    if ask.draw and isinstance(body.get("seed"), int):
+        # With one seed, every sample would be the first again.
+        body["seed"] += ask.draw
     return body

@@ -3,13 +3,15 @@
     kind              policy
     rate_limited      429: wait as long as the endpoint says, halve the window, try again
     overloaded        503, 529: wait with jitter, halve the window, try again
-    server_error      other 5xx, 408, 409: wait with jitter, try again
-    timeout           wait with jitter, try again; an address that goes on so is left out a while
-    connection        refused or cut: as timeout
+    server_error      other 5xx, 408, 409: wait with jitter, try again, elsewhere where that can be
+    timeout           the same; an address that goes on failing so is left out a while
+    connection        refused: the same
+    cut               the body ends too soon: the same
     malformed_body    no JSON, or no completion: wait with jitter, try again
+    exhausted         429 for longer than ten minutes: stop the run at once
     authentication    401, 403: stop the run at once
     unknown_model     404: stop the run at once
-    payment           402: stop the run at once
+    payment           402, or 429 for a quota that is used up: stop the run at once
     redirected        3xx: stop the run at once
     bad_request       other 4xx: the row is unanswered; the next run asks again
     content_filter    the row is refused (`Refused`)
@@ -21,8 +23,11 @@ which the model may repair once when it is shown its error (`Unparsable` after t
 """
 
 import json
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from datakit.errors import EndpointError, Refused, RowError, Unanswered
@@ -34,7 +39,9 @@ Kind = Literal[
     "server_error",
     "timeout",
     "connection",
+    "cut",
     "malformed_body",
+    "exhausted",
     "authentication",
     "unknown_model",
     "payment",
@@ -62,10 +69,12 @@ class Policy:
 POLICIES: dict[Kind, Policy] = {
     "rate_limited": Policy(again=True, slows=True),
     "overloaded": Policy(again=True, slows=True),
-    "server_error": Policy(again=True),
+    "server_error": Policy(again=True, suspects=True),
     "timeout": Policy(again=True, suspects=True, billed=True),
     "connection": Policy(again=True, suspects=True),
+    "cut": Policy(again=True, suspects=True, billed=True),
     "malformed_body": Policy(again=True, billed=True),
+    "exhausted": Policy(stops=True),
     "authentication": Policy(stops=True),
     "unknown_model": Policy(stops=True),
     "payment": Policy(stops=True),
@@ -76,6 +85,8 @@ POLICIES: dict[Kind, Policy] = {
 
 
 _KEY_LENGTH = 6
+_LONGEST_PAUSE_S = 600.0
+_FILTERED = re.compile(r"content\W+(\w+\W+)?(filter|policy)|content_filter|moderation|flagged")
 
 
 class Fault(Exception):
@@ -116,6 +127,9 @@ def fault_of(
         return Fault(
             "redirected", f"{url} redirects to {shorten(target, 200)!r}: give that as base_url"
         )
+    lowered = said.lower()
+    if status in (400, 403) and _FILTERED.search(lowered):
+        return Fault("content_filter", f"{url} answers {status}: {said}")
     if status in (401, 403):
         where = f"in {key_env!r}" if key_env else "(api_key_env is not set)"
         return Fault("authentication", f"{url} refuses the key {where} with {status}: {said}")
@@ -123,15 +137,19 @@ def fault_of(
         return Fault("payment", f"{url} asks for payment: {said}")
     if status == 404:
         return Fault("unknown_model", f"{url} does not know model {model!r}: {said}")
+    if status == 429 and "insufficient_quota" in lowered:
+        return Fault("payment", f"{url} has no quota left: {said}")
+    if status == 429 and (wait_s_of(headers) or 0.0) > _LONGEST_PAUSE_S:
+        pause_s = wait_s_of(headers)
+        return Fault(
+            "exhausted", f"{url} asks for a pause of {pause_s:,.0f} s; run it again then: {said}"
+        )
     if status == 429:
         return Fault("rate_limited", f"{url} answers 429: {said}", wait_s_of(headers))
     if status in (503, 529):
         return Fault("overloaded", f"{url} answers {status}: {said}", wait_s_of(headers))
     if status in (408, 409) or status >= 500:
         return Fault("server_error", f"{url} answers {status}: {said}", wait_s_of(headers))
-    lowered = said.lower()
-    if "content" in lowered and ("filter" in lowered or "policy" in lowered):
-        return Fault("content_filter", f"{url} answers {status}: {said}")
     return Fault("bad_request", f"{url} answers {status}: {said}")
 
 
@@ -141,13 +159,17 @@ def blotted(raw: bytes, secret: str) -> bytes:
 
 
 def wait_s_of(headers: Mapping[str, str]) -> float | None:
-    """The seconds of `retry-after-ms` or `Retry-After`; None where neither is a number."""
+    """The seconds of `retry-after-ms` or `Retry-After`; None where neither says any."""
     for name, unit in (("retry-after-ms", 1000.0), ("Retry-After", 1.0)):
         try:
             return max(0.0, float(headers[name]) / unit)
         except (KeyError, ValueError):
             continue
-    return None
+    try:
+        when = parsedate_to_datetime(headers["Retry-After"])
+        return max(0.0, when.timestamp() - time.time())
+    except (KeyError, ValueError):
+        return None
 
 
 def _message(raw: bytes) -> str:

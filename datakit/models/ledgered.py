@@ -32,7 +32,7 @@ class Ledgered:
         self._book = book
         self._price = price or _FREE
         self._role = role
-        self._under_way: dict[str, asyncio.Future[Reply]] = {}
+        self._under_way = book.under_way
 
     async def answer(self, ask: Ask, step: str = "", depth: int = 0) -> Reply:
         """The recorded reply, or a new one; raises as ChatModel does, and Pending."""

@@ -1,8 +1,8 @@
 """How many requests may be under way, at which address, and how many in a minute.
 
 `Pool` hands out places: at most so many requests in flight in all, and at each address as many as
-it takes. The window of an address halves when it says that it has too much and grows again, one
-for every answer, for as long as it answers quickly (additive increase, multiplicative decrease).
+it takes. The window of an address halves when it says that it has too much and grows again while it
+is in use and answers come quickly (additive increase, multiplicative decrease).
 Of those who wait, the deepest in the line of steps goes first. An address whose connections fail
 is left out for a while and then tried with one request.
 
@@ -13,6 +13,7 @@ several processes together stay below one limit.
 import asyncio
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +29,8 @@ _LONGEST_OUT_S = 30.0
 _LONGEST_WAIT_S = 120.0
 """A Retry-After beyond it is taken for a mistake, or for a limit that a run should not wait out."""
 _SLOWED = 2.5
+_AGING_S = 60.0
+"""After so long, the best time to an answer counts for twice as much."""
 _LEAST_SAMPLES = 32
 _DRAW_S = 0.1
 
@@ -45,8 +48,10 @@ class Place:
         self._failed_at = 0.0
         self._recent_s = 0.0
         self._best_s = 0.0
+        self._aged_at = 0.0
         self._samples = 0
-        self._was_cut = False
+        self._sound = math.inf
+        self._grew = True
 
     def has_room(self, now: float) -> bool:
         """Whether one more request may go there now."""
@@ -62,11 +67,16 @@ class Place:
         weight = max(1 / self._samples, 1 / _LEAST_SAMPLES)
         self._recent_s += weight * (took_s - self._recent_s)
         if self._samples >= _LEAST_SAMPLES:
-            self._best_s = min(self._best_s or self._recent_s, self._recent_s)
-        if self.in_flight + 1 < self.window or self._recent_s > _SLOWED * (self._best_s or 1e9):
+            # The best ages, so that an endpoint that has become slower is not held against it.
+            now = time.monotonic()
+            aged = self._best_s * 2 ** ((now - self._aged_at) / _AGING_S)
+            self._best_s, self._aged_at = min(aged or self._recent_s, self._recent_s), now
+        if self.in_flight * 2 < self.window or self._recent_s > _SLOWED * (self._best_s or 1e9):
             return
-        # Doubles in each round until the first refusal, then one more in each round.
-        self.window = min(widest, self.window + (1 / self.window if self._was_cut else 1))
+        # About doubles in each round up to what was known to be sound, then one more in each.
+        more = 1 if self.window < self._sound else 1 / self.window
+        self.window = min(widest, self.window + more)
+        self._grew = True
 
     def refused(self, sent_at: float, wait_s: float | None) -> None:
         """It has too much: halve the window, once for all requests that were on their way."""
@@ -74,9 +84,10 @@ class Place:
         if wait_s is not None:
             self.out_until = max(self.out_until, now + min(wait_s, _LONGEST_WAIT_S))
         if sent_at >= self._cut_at:
-            self.window = max(1.0, self.window / 2)
-            self._cut_at = now
-            self._was_cut = True
+            half = max(1.0, self.window / 2)
+            # The first cut of a row of cuts says how much was too much.
+            self._sound = half if self.window >= self._sound or self._grew else self._sound
+            self.window, self._cut_at, self._grew = half, now, False
 
     def failed(self, sent_at: float) -> None:
         """A connection failed, or nothing came in time; what was sent together counts once."""
@@ -103,7 +114,7 @@ class Pool:
     async def take(self, depth: int = 0) -> Place:
         """A place at the least loaded address, as soon as there is one."""
         if not self._waiting:
-            place = self._roomiest()
+            place = self._roomiest(time.monotonic())
             if place is not None:
                 return self._given(place)
         future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
@@ -137,30 +148,31 @@ class Pool:
         self._free -= 1
         return place
 
-    def _roomiest(self) -> Place | None:
+    def _roomiest(self, now: float) -> Place | None:
         """The address with the most room; None where nowhere is any."""
         if not self._free:
             return None
-        now = time.monotonic()
         if len(self.places) == 1:
             return self.places[0] if self.places[0].has_room(now) else None
         open_ = [place for place in self.places if place.has_room(now)]
         return min(open_, key=lambda place: place.in_flight / place.window, default=None)
 
     def _hand_out(self) -> None:
+        # One look at the clock for both questions: an address that comes back between two would
+        # be waited for, and nobody would wake.
+        now = time.monotonic()
         while self._waiting:
             if self._waiting[0][2].done():
                 heapq.heappop(self._waiting)
                 continue
-            place = self._roomiest()
+            place = self._roomiest(now)
             if place is None:
-                self._wake_later()
+                self._wake_later(now)
                 return
             heapq.heappop(self._waiting)[2].set_result(self._given(place))
 
-    def _wake_later(self) -> None:
+    def _wake_later(self, now: float) -> None:
         """Look again when the first address that is left out may be asked again."""
-        now = time.monotonic()
         out = [place.out_until for place in self.places if place.out_until > now]
         if not out:
             return
@@ -206,7 +218,7 @@ class RateLimits:
         """Take over the limits that a reply states (`x-ratelimit-limit-requests`, `-tokens`)."""
         for key in ("requests", "tokens"):
             stated = headers.get(f"x-ratelimit-limit-{key}", "")
-            if key not in self._given and stated.isdigit() and int(stated):
+            if key not in self._given and stated.isascii() and stated.isdigit() and int(stated):
                 bucket = self._buckets.get(key)
                 if bucket is None or bucket.per_minute != int(stated):
                     self._buckets[key] = self._bucket(key, int(stated))

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 60.0
 _REFUSED_WITHIN_S = 10.0
+_MOST_TOKENS = 10**8
+_LOGIN = re.compile(r"//[^/@\s]+@")
+_BROKEN_OFF = ("abort", "error", "insufficient_system_resource")
+"""Finish reasons of an answer that the server, not the model, ended."""
 
 
 class OpenAIChat:
@@ -152,8 +157,10 @@ class OpenAIChat:
         except TimeoutError as error:
             said = f"{url}: no answer within {self._spec.timeout_s:g} s"
             raise Fault("timeout", said) from error
+        except aiohttp.ClientPayloadError as error:
+            raise Fault("cut", f"{url}: the body was cut: {_safe(error)}") from error
         except (aiohttp.ClientError, OSError) as error:
-            said = shorten(str(error), 200)
+            said = _safe(error)
             raise Fault("connection", f"{url}: connection failed: {said}") from error
         if "x-ratelimit-limit-requests" in headers or "x-ratelimit-limit-tokens" in headers:
             self._limits.learn(headers)
@@ -234,14 +241,14 @@ class Usage:
         """Input and output tokens of a request, about."""
         output = self._mean_output if self._replies else 256
         return int(len(request.text) * self._tokens_per_character), int(
-            min(output, self._limit(request) or output)
+            min(output, self._ceiling(request))
         )
 
     def most(self, request: Request) -> tuple[int, int]:
         """Input and output tokens that a request can cost at the most."""
         # A tokenizer makes no more than a token of each character of common text.
         ceiling = 1.25 * self._tokens_per_character if self._replies >= 16 else 1.0
-        return int(len(request.text) * ceiling) + 1, self._limit(request) or self._most_output
+        return int(len(request.text) * ceiling) + 1, self._ceiling(request)
 
     def of(self, request: Request, reply: Reply) -> tuple[int, int]:
         """Input and output tokens of an answered request; learns from them.
@@ -259,10 +266,16 @@ class Usage:
         self._most_output = max(self._most_output, reply.output_tokens)
         return reply.input_tokens, reply.output_tokens
 
+    def _ceiling(self, request: Request) -> int:
+        """The most tokens that an answer can have: what is allowed, else the most so far."""
+        limit = self._limit(request)
+        return self._most_output if limit is None else limit
+
     def _limit(self, request: Request) -> int | None:
         """The token limit that the request states."""
         body = request.body
-        return body.get("max_tokens") or body.get("max_completion_tokens")
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
+        return limit if isinstance(limit, int) else None
 
 
 def reply_of(payload: Any) -> Reply:
@@ -270,7 +283,15 @@ def reply_of(payload: Any) -> Reply:
     try:
         choice = payload["choices"][0]
         message = choice.get("message") or {"content": choice["text"]}
-        usage = payload.get("usage") or {}
+        usage = payload.get("usage")
+        finish = _text(choice.get("finish_reason"))
+        if finish in _BROKEN_OFF:
+            raise ValueError(f"broken off ({finish})")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        if not content and message.get("refusal"):
+            content, finish = message["refusal"], "content_filter"
         logprobs = choice.get("logprobs")
         if choice.get("prompt_logprobs") is not None:
             logprobs = choice["prompt_logprobs"]
@@ -278,20 +299,31 @@ def reply_of(payload: Any) -> Reply:
             # A token may be half a character, which would not go into the ledger.
             logprobs = json.loads(_text(json.dumps(logprobs, ensure_ascii=False)))
         return Reply(
-            text=_text(message.get("content")),
+            text=_text(content),
             reasoning=_text(message.get("reasoning_content") or message.get("reasoning")),
-            finish_reason=choice.get("finish_reason") or "",
-            input_tokens=usage.get("prompt_tokens") or 0,
-            output_tokens=usage.get("completion_tokens") or 0,
+            finish_reason=finish,
+            input_tokens=_tokens(usage, "prompt_tokens"),
+            output_tokens=_tokens(usage, "completion_tokens"),
             logprobs=logprobs,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a completion: {shorten(str(payload), 120)}") from error
 
 
+def _tokens(usage: Any, name: str) -> int:
+    """A count that an endpoint states; 0, which is then estimated, where it cannot be one."""
+    said = usage.get(name) if isinstance(usage, dict) else None
+    return int(said) if isinstance(said, int | float) and 0 <= said < _MOST_TOKENS else 0
+
+
 def _text(value: str | None) -> str:
     """A text that UTF-8 can hold: half a surrogate pair, as JSON escapes allow, is replaced."""
     return (value or "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _safe(error: Exception) -> str:
+    """What an error says, without the login that an address of a proxy may hold."""
+    return shorten(_LOGIN.sub("//", str(error)), 200)
 
 
 def _proxy_of(url: str) -> str | None:

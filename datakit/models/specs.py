@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -56,6 +57,9 @@ class Sampling(Value):
     max_tokens: int | None = Field(default=None, ge=1)
     stop: tuple[str, ...] = ()
     seed: int | None = None
+
+    def __hash__(self) -> int:
+        return hash((self.temperature, self.top_p, self.max_tokens, self.stop, self.seed))
 
     def over(self, default: "Sampling") -> dict[str, JsonValue]:
         """The settings to send: this one's where set, else the default's."""
@@ -127,6 +131,9 @@ class Spec(Value):
         return digest(fields | {"identity": self.resolved_identity()})
 
 
+_OWN_FIELDS = {"model", "messages", "prompt", "n", "best_of", "stream", "stream_options"}
+
+
 class ChatSpec(Spec):
     """A model that answers requests."""
 
@@ -140,6 +147,18 @@ class ChatSpec(Spec):
     max_in_flight: int | None = Field(default=None, ge=1)
     limits: Limits = Limits()
     price: Price | None = None
+
+    @field_validator("extra_body")
+    @classmethod
+    def _adds(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in _OWN_FIELDS & set(given):
+            raise ValueError(
+                f"must not set {name!r}: a request has it, or its answer would not fit"
+            )
+        for name in {"max_tokens", "max_completion_tokens"} & set(given):
+            if type(given[name]) is not int:
+                raise ValueError(f"{name!r} is {given[name]!r}, not a whole number")
+        return given
 
 
 class OpenAISpec(ChatSpec):
@@ -168,6 +187,8 @@ class OpenAISpec(ChatSpec):
         for url in _listed(given):
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"{url!r} does not begin with http:// or https://")
+            if urlsplit(url).username is not None:
+                raise ValueError("holds a login; name the key's variable with api_key_env instead")
         return given
 
     @model_validator(mode="after")

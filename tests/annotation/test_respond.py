@@ -230,6 +230,6 @@ def test_an_answer_keeps_its_spaces():
 
 def test_a_request_that_the_endpoint_calls_bad_is_a_rows_own_failure(tmp_path):
     with Endpoint() as server:
-        models = {"m": served(server.url, "m", extra_body={"n": 999})}
+        models = {"m": served(server.url, "m", extra_body={"max_tokens": -1})}
         with pytest.raises(Unanswered, match="too_few_answers"):
             each(Respond(models=("m",)), ROW, tmp_path, models)

@@ -266,7 +266,7 @@ def test_where_it_runs_does_not_change_what_it_is(checkpoint, field):
 
 
 def test_without_the_package_the_embedder_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("datakit.models.chat.PACKAGED_MODEL", "no_such_package")
+    monkeypatch.setattr("datakit.models.specs.PACKAGED_MODEL", "no_such_package")
     with pytest.raises(MissingExtra, match=r"pip install 'datakit\[embed\]'"):
         local("packaged")
 

@@ -21,7 +21,7 @@ from datakit.session import Watch
 TRIES = 3
 TRIED_AGAIN = {kind for kind, policy in POLICIES.items() if policy.again}
 STOPS = {kind for kind, policy in POLICIES.items() if policy.stops}
-BILLED = {"timeout", "malformed_body"}
+BILLED = {"timeout", "cut", "malformed_body"}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ KNOBS = {
     "overloaded": {"p503": 1, "retry_after": 0},
     "server_error": {"p500": 1},
     "timeout": {"phang": 1},
-    "connection": {"pcut": 1},
+    "cut": {"pcut": 1},
     "malformed_body": {"pbad": 1},
     "authentication": {"key": "sk-right"},
     "unknown_model": {"models": ("known",)},
@@ -115,7 +115,8 @@ def test_each_status_is_a_fault_of_one_kind(tmp_path, status):
 
 
 def test_all_kinds_are_tried():
-    assert POLICIES.keys() == KNOBS.keys() | set(STATUSES.values())
+    elsewhere = {"connection", "exhausted"}
+    assert POLICIES.keys() == KNOBS.keys() | set(STATUSES.values()) | elsewhere
 
 
 def test_an_endpoint_that_is_gone_leaves_the_row_unanswered(tmp_path):
@@ -220,7 +221,7 @@ def test_the_waits_double_and_have_a_bound(tmp_path, monkeypatch):
         ({"Retry-After": "0.5"}, 0.5),
         ({"Retry-After": "-3"}, 0.0),
         ({"Retry-After": ""}, None),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
         ({"retry-after-ms": "250"}, 0.25),
         ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
         ({"retry-after-ms": "soon", "Retry-After": "9"}, 9.0),
@@ -294,3 +295,24 @@ def test_a_key_with_a_line_break_is_an_input_error_that_names_the_variable(tmp_p
             answers(tmp_path, openai(endpoint.url, api_key_env="MY_KEY"), [say()])
         assert endpoint.stats()["requests"] == 0
     assert "sk-one" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "kind"),
+    [
+        ({"Retry-After": "86400"}, b"", "exhausted"),
+        ({"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}, b"", "exhausted"),
+        ({}, b'{"error": {"message": "no", "code": "insufficient_quota"}}', "payment"),
+        ({"Retry-After": "60"}, b"", "rate_limited"),
+    ],
+)
+def test_a_limit_that_no_run_should_wait_out_stops_it(headers, body, kind):
+    fault = fault_of(429, headers, body, "http://x/v1", "m", "")
+    assert fault.kind == kind
+    assert isinstance(fault.error(1), EndpointError) == (kind != "rate_limited")
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_flagged_input_is_the_rows_own(status):
+    raw = b'{"error": {"message": "Your input was flagged by moderation"}}'
+    assert fault_of(status, {}, raw, "http://x/v1", "m", "").kind == "content_filter"

@@ -12,6 +12,7 @@ from models_kit import answer, answers, attempts, openai, say, sends, server
 
 from datakit.errors import EndpointError, InputError, Unanswered
 from datakit.models.chat import SCHEMA_REQUEST, Ask, Reply
+from datakit.models.openai import reply_of
 from datakit.models.specs import Sampling
 from datakit.records import Response
 from datakit.session import Watch
@@ -187,7 +188,6 @@ BODIES = [
     b'{"choices": [{}]}',
     b'{"choices": [{"message": {"content": 3}}]}',
     b'{"choices": [{"message": {"content": "x"}, "finish_reason": 3}]}',
-    b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "many"}}',
     b'{"choices": [{"message": {"content": "\xff"}}]}',
     b"\xff\xfe\x00",
     b"<html>busy</html>",
@@ -272,3 +272,38 @@ def test_many_requests_at_once_lose_nothing(tmp_path, count, window, latency):
     assert stats["max_in_flight"] <= window
     assert latency == "fixed:0" or stats["max_in_flight"] > 32
     assert len(attempts(tmp_path)) == stats["requests"]
+
+
+ODD = [
+    ("usage", {"prompt_tokens": "many"}),
+    ("usage", {"prompt_tokens": 10**30, "completion_tokens": -5}),
+    ("usage", []),
+    ("finish_reason", "\ud800"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), ODD)
+def test_an_odd_count_or_reason_costs_no_answer(field, value):
+    choice = {"message": {"content": "x"}, "finish_reason": "stop"}
+    body = {"choices": [choice], "usage": {}}
+    (choice if field == "finish_reason" else body)[field] = value
+    reply = reply_of(body)
+    assert (reply.text, reply.input_tokens, reply.output_tokens) == ("x", 0, 0)
+    reply.model_dump_json()
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_answer_that_the_server_broke_off_is_asked_again(reason):
+    with pytest.raises(ValueError, match="broken off"):
+        reply_of({"choices": [{"message": {"content": "hal"}, "finish_reason": reason}]})
+
+
+def test_a_refusal_in_words_is_kept_as_a_refusal():
+    message = {"content": None, "refusal": "I will not."}
+    reply = reply_of({"choices": [{"message": message, "finish_reason": "stop"}]})
+    assert (reply.text, reply.finish_reason) == ("I will not.", "content_filter")
+
+
+def test_text_parts_are_one_text():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert reply_of({"choices": [{"message": {"content": parts}}]}).text == "one two"
