@@ -8,9 +8,11 @@ hands them to whoever does them: `datakit.work.perform`, here or elsewhere.
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import polars as pl
 
 from datakit.errors import BugError, InputError
+from datakit.ids import joined, packed, spelled
 from datakit.passes import Between
 from datakit.recipe import PlacedStep, Recipe
 from datakit.session import Settings
@@ -160,10 +162,11 @@ def _conserved(
     chunks = [chunk for done in dones for chunk in done.chunks]
     if not chunks:
         return
-    ids = store.scan(chunks, pl.Schema()).select("id").collect()["id"]
-    if ids.n_unique() != ids.len():
-        twice = ids.filter(ids.is_duplicated()).first()
-        raise BugError(f"step {placed.alias!r} gave two rows the id {twice!r}")
+    columns = (pl.read_parquet(store.path(chunk), columns=["id"])["id"] for chunk in chunks)
+    ids = np.sort(joined(packed(column.to_list()) for column in columns))
+    twice = ids[1:][ids[1:] == ids[:-1]]
+    if len(twice):
+        raise BugError(f"step {placed.alias!r} gave two rows the id {spelled(twice)[0]!r}")
 
 
 def _not_empty(store: Store, placed: PlacedStep, dones: Sequence[Done]) -> None:

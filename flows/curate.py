@@ -51,11 +51,16 @@ def curate(
     state: str | None = None,
     offline: bool = False,
     lanes: int = 1,
+    max_usd: float | None = None,
+    max_tokens: int | None = None,
+    finish_partial: bool = False,
 ) -> str:
     """Run a recipe (a file, or a shipped recipe's name) to a version; returns `name@x.y.z`.
 
     outputs: where parts and versions go. state: the folder of ledger and vectors. offline: send
-    nothing. lanes: cut row steps into so many tasks; each keeps a window of requests of its own.
+    nothing. lanes: cut row steps into so many tasks, which divide a model's window of requests.
+    max_usd, max_tokens: caps for this run. finish_partial: send nothing, and release what is
+    complete.
     """
     version = run(
         recipe,
@@ -66,6 +71,9 @@ def curate(
         offline=offline,
         lanes=lanes,
         spread=spread,
+        max_usd=max_usd,
+        max_tokens=max_tokens,
+        finish_partial=finish_partial,
     )
     create_markdown_artifact(
         funnel_markdown(version),
