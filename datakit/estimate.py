@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from datakit.engine import Markers, execute
 from datakit.models.ledger import Ledger
-from datakit.models.specs import ChatSpec, Sampling, ScriptedSpec, Spec
+from datakit.models.sampling import Sampling
+from datakit.models.specs import ChatSpec, ScriptedSpec, Spec
 from datakit.pipeline import here, rehearsal
 from datakit.recipe import PlacedStep, Recipe
 from datakit.session import Settings, Watch

@@ -16,7 +16,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from datakit.ids import ID_BYTES
-from datakit.records import Pair, Record, each_record, pieces
+from datakit.records import Pair, Record
+from datakit.tables import each_record, pieces
 from datakit.values import small
 from datakit.versions import PublishedFile, Version, flatten
 

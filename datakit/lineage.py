@@ -10,10 +10,11 @@ import polars as pl
 from datakit.errors import Rejected
 from datakit.ids import ID_BYTES, Ids, packed
 from datakit.recipe import PlacedStep
-from datakit.records import Record, from_frame
+from datakit.records import Record
 from datakit.splits import Codes, Names, Roots, Splits
 from datakit.step import DROPPED
 from datakit.store import Chunk, Done, Store
+from datakit.tables import from_frame
 from datakit.text import digest, normalise
 from datakit.versions import StepCount, measure_names
 

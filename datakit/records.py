@@ -1,7 +1,7 @@
 """The kinds of rows, their identity, and their one way into and out of a table.
 
 A record is a frozen pydantic value. `Kind.table_schema()` is its polars schema, derived from the
-annotations; `to_frame` and `from_frame` are the only conversions.
+annotations; `tables.py` converts between the two.
 
 Identity. `content` is a hash of what the row says (never of measures, provenance or time);
 `origin` says where it came from: the declared key of the source, else content and occurrence
@@ -9,11 +9,10 @@ number, and for a derived row its parents, the step's alias and the slot. `id` i
 kind, origin and content, so two equal rows are two rows and a row keeps its id from run to run.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import polars as pl
 from pydantic import model_validator
@@ -27,20 +26,10 @@ from datakit.values import (
     Value,
     no_names,
     polars_type,
-    small,
-    table_of_lines,
 )
 
 SCHEMA_VERSION = 1
 """Raised when a kind's columns change their meaning; enters every part key."""
-
-BATCH = 1_000
-"""Rows that are plain data at a time between tables and records, so that memory stays flat."""
-
-BATCH_BYTES = 8_000_000
-"""Text of such rows at a time, about."""
-
-R = TypeVar("R", bound="Record")
 
 
 class Message(Value):
@@ -392,59 +381,3 @@ def _other_side(name: str) -> str:
         if name.endswith(side):
             return name.removesuffix(side) + other
     return name
-
-
-def to_frame(kind: type[R], rows: Iterable[R]) -> pl.DataFrame:
-    """Records as a table of `kind.table_schema()`, in order."""
-    return pl.concat([pl.DataFrame(schema=kind.table_schema()), *frames(kind, rows)])
-
-
-def frames(kind: type[R], rows: Iterable[R]) -> Iterator[pl.DataFrame]:
-    """Records as tables of about BATCH rows, made as they come."""
-    # As JSON lines and by way of pyarrow, which takes nested rows several times faster than
-    # polars does. (`pyarrow.array` would do too, but loads all of pandas where it is installed.)
-    schema = _arrow_schema(kind)
-    lines: list[str] = []
-    size = 0
-    for row in rows:
-        lines.append(row.model_dump_json(context="frame"))
-        size += len(lines[-1])
-        if len(lines) == BATCH or size > BATCH_BYTES:
-            yield table_of_lines(lines, schema)
-            lines, size = [], 0
-    if lines:
-        yield table_of_lines(lines, schema)
-
-
-@cache
-def _arrow_schema(kind: type[Record]) -> Any:
-    """The table schema as pyarrow has it; its JSON reader knows no `large_` types."""
-    return small(pl.DataFrame(schema=kind.table_schema()).to_arrow()).schema
-
-
-def from_frame(kind: type[R], frame: pl.DataFrame) -> list[R]:
-    """A table of `kind.table_schema()` as records, in order."""
-    return list(each_record(kind, frame))
-
-
-def each_record(kind: type[R], frame: pl.DataFrame) -> Iterator[R]:
-    """The records of a table, in order, made as they are taken."""
-    for piece in pieces(frame):
-        for row in piece.to_arrow().to_pylist():
-            yield kind.model_validate(row)
-
-
-def pieces(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """A table in slices of at most BATCH rows and about BATCH_BYTES, however long its rows are."""
-    rows = BATCH_BYTES * frame.height // max(1, int(frame.estimated_size()))
-    return frame.iter_slices(max(1, min(BATCH, rows)))
-
-
-def measure(name: str) -> pl.Expr:
-    """The measure `name` of each row of a record table, null where absent."""
-    return (
-        pl.col("measures")
-        .list.eval(pl.element().filter(pl.element().struct.field("name") == name))
-        .list.first()
-        .struct.field("value")
-    )

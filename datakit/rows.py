@@ -10,9 +10,10 @@ from datakit.errors import BugError, InputError, Rejected, RowError
 from datakit.ids import ID_BYTES
 from datakit.kit import Kit
 from datakit.recipe import PlacedStep
-from datakit.records import BATCH, SCHEMA_VERSION, Record, from_frame, to_frame
+from datakit.records import SCHEMA_VERSION, Record
 from datakit.session import Settings
 from datakit.step import DROPPED, Reject, Split, roles
+from datakit.tables import BATCH, from_frame, to_frame
 from datakit.text import digest
 from datakit.values import SPLIT_NAME
 

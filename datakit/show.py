@@ -15,10 +15,10 @@ from datakit.pipeline import rehearsal
 from datakit.plan import Plan
 from datakit.progress import Progress
 from datakit.recipe import Recipe, load_recipe
-from datakit.records import from_frame
 from datakit.session import Settings
 from datakit.step import Step
 from datakit.store import Store
+from datakit.tables import from_frame
 from datakit.text import dollars, plain, shorten
 from datakit.versions import StepCount, Version
 from datakit.work import perform

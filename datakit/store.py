@@ -21,8 +21,8 @@ import polars as pl
 from pydantic import ValidationError
 
 from datakit.errors import OutsideError, Rejected
-from datakit.records import pieces
 from datakit.step import DROPPED
+from datakit.tables import pieces
 from datakit.values import Value
 
 PART_BYTES = 16_000_000

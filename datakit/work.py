@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import polars as pl
 
@@ -15,7 +14,7 @@ from datakit.loop import Room, gather, rare_collections, run_in_loop
 from datakit.models.chat import ChatModel
 from datakit.models.specs import ChatSpec
 from datakit.recipe import PlacedStep
-from datakit.records import KINDS, Record, frames, from_frame, to_frame
+from datakit.records import KINDS, Record
 from datakit.rows import (
     Dropped,
     batches,
@@ -35,13 +34,13 @@ from datakit.step import (
     Reject,
     RowStep,
     SourceStep,
-    Split,
     TableStep,
-    prepares,
     roles,
 )
 from datakit.store import Chunk, Done, Store, cut, frame_digest
+from datakit.tables import frames, from_frame, to_frame
 from datakit.text import digest
+from datakit.work_table import applied, whole_table
 
 _USUAL_WINDOW = 1024
 """Requests in flight where a model states no number: how many parts are open follows from it."""
@@ -68,7 +67,7 @@ def perform(
         ):
             if isinstance(work.steps[0].step, TableStep):
                 # Needs no loop, and is long: without one, a signal strikes at once.
-                return [[_Worker(work, session).table()]]
+                return [[whole_table(work, session)]]
             return run_in_loop(_perform(work, session))
 
     try:
@@ -219,7 +218,7 @@ class _Worker:
             return Done.pending(key, placed.alias, placed.name, chunk.rows, {"budget": chunk.rows})
         if isinstance(placed.step, FrameStep):
             frame = self.store.read(chunk)
-            kept, drops = decided(frame, _apply(placed, frame, kit), placed.alias, kind)
+            kept, drops = decided(frame, applied(placed, frame, kit), placed.alias, kind)
             self.room.leave(chunk.rows)
             return self._saved(placed, gives, key, frame, kept, drops)
 
@@ -356,70 +355,6 @@ class _Worker:
             self.watch.row_done(placed.alias)
         return kept, drops
 
-    # -- whole tables ----------------------------------------------------------------------------
-
-    def table(self) -> Done:
-        """All parts at once; `prepare` by part, stored on its own."""
-        placed = self.work.steps[0]
-        step = placed.step
-        assert isinstance(step, TableStep)
-        kind = KINDS[self.work.kind]
-        kit = self.session.kit(placed.alias)
-        inputs = self.work.inputs
-        rows_in = sum(chunk.rows for chunk in inputs)
-        self.watch.step_begins(placed.alias, rows_in)
-        digests = [chunk.digest for chunk in inputs]
-        key = part_key(placed, kind.__name__, [str(self.work.cut), *digests], self.settings, kit)
-        done = self.store.find(key)
-        if done is None:
-            drops: list[pl.DataFrame] = []
-            frames = self._decided_table(placed, step, kind, kit, drops) if inputs else []
-            kept = cut(frames, self.work.cut)
-            done = self.store.save(
-                key, placed.alias, placed.name, kind.__name__, rows_in, kept, drops
-            )
-        self.watch.part_done(done)
-        return done
-
-    def _prepared(self, placed: PlacedStep, step: Any, chunk: Chunk, kit: Kit) -> Chunk:
-        inert = frozenset(type(step).model_fields) - step.prepared_by
-        key = part_key(placed, "prepared", [chunk.digest], self.settings, kit, inert)
-        done = self.store.find(key)
-        if done is None:
-            frame = self.store.read(chunk)
-            with blamed(placed.alias, "preparing its table"):
-                made: pl.DataFrame = step.prepare(frame, kit)
-            if made["id"].to_list() != frame["id"].to_list():
-                raise BugError(f"step {placed.alias!r}: prepare must keep the rows and their order")
-            done = self.store.save(
-                key, placed.alias, placed.name, "", frame.height, [made], [], hashed=False
-            )
-        return done.chunks[0]
-
-    def _decided_table(
-        self,
-        placed: PlacedStep,
-        step: TableStep[Record, Record],
-        kind: type[Record],
-        kit: Kit,
-        drops: list[pl.DataFrame],
-    ) -> Iterator[pl.DataFrame]:
-        """The kept rows, part by part; the dropped ones are added to `drops` as it goes."""
-        inputs = self.work.inputs
-        table = self.store.scan(inputs, kind.table_schema())
-        if prepares(step):
-            prepared = [self._prepared(placed, step, chunk, kit) for chunk in inputs]
-            extra = self.store.scan(prepared, pl.Schema()).drop("id")
-            table = pl.concat([table, extra], how="horizontal")
-        split = _apply(placed, table, kit)
-        for chunk in inputs:
-            frame = self.store.read(chunk)
-            kept, dropped = decided(frame, split, placed.alias, kind)
-            conserve(placed.alias, frame, kept, dropped)
-            drops.append(dropped)
-            if kept.height:
-                yield kept
-
 
 def _source_rows(
     placed: PlacedStep,
@@ -456,8 +391,3 @@ def _unfinished(row: Record, error: Pending) -> Dropped:
         "transient": True,
         "record": row.model_dump_json(),
     }
-
-
-def _apply(placed: PlacedStep, table: Any, kit: Kit) -> Split:
-    with blamed(placed.alias, "on its table"):
-        return placed.step.apply(table, kit)  # type: ignore[attr-defined]

@@ -7,8 +7,9 @@ import re
 import polars as pl
 
 from datakit.models.specs import HashingSpec, OpenAISpec, ScriptedSpec
-from datakit.records import Candidates, Message, Pair, Prompt, Response, to_frame
+from datakit.records import Candidates, Message, Pair, Prompt, Response
 from datakit.session import Session, Settings, Watch
+from datakit.tables import to_frame
 
 HASHING = {"embedder": HashingSpec(kind="hashing", dimensions=64)}
 

@@ -20,11 +20,9 @@ from datakit.records import (
     Prompt,
     Response,
     Verdict,
-    from_frame,
-    measure,
-    to_frame,
 )
 from datakit.rows import identified
+from datakit.tables import from_frame, measure, to_frame
 from datakit.versions import flatten, measure_names, unflatten
 
 

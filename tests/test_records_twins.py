@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datakit.records import (
-    BATCH,
     KINDS,
     Candidates,
     Conversation,
@@ -27,9 +26,8 @@ from datakit.records import (
     Prompt,
     Response,
     Verdict,
-    from_frame,
-    to_frame,
 )
+from datakit.tables import BATCH, from_frame, to_frame
 from datakit.text import canonical_json, normalise
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)

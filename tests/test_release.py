@@ -15,7 +15,8 @@ import datakit as dk
 from datakit.diff import Change, next_version
 from datakit.errors import GateFailed, InputError, NotRecorded, OutsideError
 from datakit.recipe import load_recipe
-from datakit.records import Pair, from_frame
+from datakit.records import Pair
+from datakit.tables import from_frame
 from datakit.versions import find_version, version_numbers
 
 LINE = {

@@ -21,7 +21,7 @@ from pydantic import Field
 from datakit.errors import Rejected, RowError
 from datakit.kit import Kit
 from datakit.models.chat import Ask, Reply
-from datakit.models.specs import Sampling
+from datakit.models.sampling import Sampling
 from datakit.records import (
     Candidates,
     Failure,

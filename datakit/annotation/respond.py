@@ -15,7 +15,7 @@ from pydantic import Field
 from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
 from datakit.kit import Kit
 from datakit.models.chat import Ask, Reply
-from datakit.models.specs import Sampling
+from datakit.models.sampling import Sampling
 from datakit.records import Candidates, Failure, Message, Prompt, Response
 from datakit.step import ChatRole, RowStep
 from datakit.text import canonical_json

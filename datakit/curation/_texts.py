@@ -8,7 +8,7 @@ import polars as pl
 from datakit.errors import InputError
 from datakit.kit import Kit
 from datakit.models.embed import Vectors
-from datakit.records import measure
+from datakit.tables import measure
 
 Over = Literal["prompt", "response", "row"]
 """prompt: every turn before the answer; response: the answer or answers; row: both."""

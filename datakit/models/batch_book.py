@@ -78,7 +78,7 @@ class BatchBook:
         self._run = run
         self._budget = budget
         self._price = price_of(spec, ledger.path.parent) or _FREE
-        self._usage = Usage(spec.sampling.max_tokens)
+        self._usage = Usage()
 
     # -- the queue -------------------------------------------------------------------------------
 

@@ -59,7 +59,6 @@ class Provider:
         self.secret = spec.api_key() if spec.api_key_env else ""
         self._model = spec.model
         self._key_env = spec.api_key_env
-        self._retries = spec.retries
         self._client = openai.OpenAI(
             base_url=self.url, api_key=spec.api_key(), max_retries=0, timeout=spec.timeout_s
         )

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from pydantic import JsonValue
 
-from datakit.models.specs import ChatSpec, Sampling
+from datakit.models.sampling import Sampling
+from datakit.models.specs import ChatSpec
 from datakit.records import Messages
 from datakit.text import canonical_json
 from datakit.values import Value

@@ -23,7 +23,7 @@ from pydantic import Field, JsonValue
 
 from datakit.errors import Refused, Rejected, Unparsable
 from datakit.models.chat import Ask, Reply
-from datakit.models.specs import Sampling
+from datakit.models.sampling import Sampling
 from datakit.text import shorten
 from datakit.values import Number, Value
 

@@ -59,7 +59,7 @@ class OpenAIChat:
         self._pool = Pool(urls, window)
         name = hashlib.blake2b("\0".join((*urls, spec.model, self._key)).encode(), digest_size=12)
         self._limits = RateLimits(spec.limits, name.hexdigest(), book.ledger)
-        self._usage = Usage(spec.sampling.max_tokens)
+        self._usage = Usage()
         self._head = f'{{"model":{canonical_json(spec.model)},'.encode()
         self._proxies = {url: _proxy_of(url) for url in urls}
         self._session: aiohttp.ClientSession | None = None
@@ -230,8 +230,7 @@ class _First:
 class Usage:
     """What requests to one model use, learnt from its replies; for limits and budgets."""
 
-    def __init__(self, max_tokens: int | None) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self) -> None:
         self._tokens_per_character = 0.4
         self._mean_output = 0.0
         self._most_output = 1024

@@ -17,9 +17,9 @@ from datakit.records import (
     Pair,
     Prompt,
     Record,
-    from_frame,
 )
 from datakit.report.tally import Tally
+from datakit.tables import from_frame
 
 Find = Callable[[Sequence[str]], pl.DataFrame]
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import polars as pl
 
 from datakit.ids import Ids, joined, packed
-from datakit.records import Candidates, Judged, Pair, Record, pieces
+from datakit.records import Candidates, Judged, Pair, Record
 from datakit.report.figures import Floats, JudgeCounts, verdict_lines
 from datakit.report.lengths import prompt_column, text_lengths
+from datakit.tables import pieces
 
 
 class Tally:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from datakit.errors import Rejected
-from datakit.records import BATCH
 from datakit.sources._layouts import Layout, Row
 from datakit.sources._table import reject
 from datakit.step import Reject
+from datakit.tables import BATCH
 
 
 def schema_types(schema: Any) -> dict[str, frozenset[str]]:

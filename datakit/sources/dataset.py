@@ -17,8 +17,9 @@ from pydantic import Field
 
 from datakit.errors import InputError
 from datakit.kit import Kit
-from datakit.records import KINDS, Record, each_record
+from datakit.records import KINDS, Record
 from datakit.step import Range, Reject, SourceStep
+from datakit.tables import each_record
 from datakit.text import near_miss
 from datakit.versions import Version, find_version, unflatten
 

@@ -11,7 +11,8 @@ from datakit.annotation.respond import Respond, read
 from datakit.errors import Refused, RowError, Truncated, Unanswered, Unparsable
 from datakit.models.chat import Reply, wire_request
 from datakit.models.ledger import Entry, Ledger, answer_of
-from datakit.models.specs import OpenAISpec, Sampling
+from datakit.models.sampling import Sampling
+from datakit.models.specs import OpenAISpec
 from datakit.records import Message, Prompt
 from datakit.session import Watch
 

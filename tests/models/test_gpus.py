@@ -7,7 +7,7 @@ from local_models import spec_of
 
 from datakit.errors import InputError
 from datakit.models.gpus import assign, gpu_names, phases, visible_gpus
-from datakit.models.specs import Sampling
+from datakit.models.sampling import Sampling
 
 
 def roles(**sizes):

@@ -10,8 +10,9 @@ from models_kit import answer, answers, attempts, entries, openai, outcomes, say
 from datakit.errors import EndpointError, NotRecorded, Pending, Unanswered
 from datakit.models.chat import Ask, Reply, request_of, wire_request
 from datakit.models.ledger import Entry, Ledger, answer_of
+from datakit.models.sampling import Sampling
 from datakit.models.scripted import Scripted
-from datakit.models.specs import Limits, OpenAISpec, Price, Sampling, ScriptedSpec
+from datakit.models.specs import Limits, OpenAISpec, Price, ScriptedSpec
 from datakit.records import Message
 from datakit.session import Watch
 

@@ -16,7 +16,8 @@ from datakit.annotation.likelihood import ReferenceLikelihood
 from datakit.errors import InputError, Refused, Rejected, Unanswered, Unparsable
 from datakit.models.chat import Reply, wire_request
 from datakit.models.likelihood import Likelihood, ask_likelihood, read_likelihood
-from datakit.models.specs import OpenAISpec, Sampling, VLLMSpec
+from datakit.models.sampling import Sampling
+from datakit.models.specs import OpenAISpec, VLLMSpec
 from datakit.session import Watch
 
 SPEC = OpenAISpec(kind="openai", model="m")

@@ -13,7 +13,7 @@ from models_kit import answer, answers, attempts, openai, say, sends, server
 from datakit.errors import EndpointError, InputError, Unanswered
 from datakit.models.chat import SCHEMA_REQUEST, Ask, Reply
 from datakit.models.openai import reply_of
-from datakit.models.specs import Sampling
+from datakit.models.sampling import Sampling
 from datakit.records import Response
 from datakit.session import Watch
 from datakit.text import canonical_json

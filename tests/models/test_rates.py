@@ -14,7 +14,8 @@ from models_kit import answers, openai, say
 
 from datakit.models.ledger import Ledger
 from datakit.models.limits import RateLimits
-from datakit.models.specs import Limits, Sampling
+from datakit.models.sampling import Sampling
+from datakit.models.specs import Limits
 
 
 def taken(folder, limits, for_s, tokens=(0, 0)):

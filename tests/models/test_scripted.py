@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field
 
 from datakit.errors import InputError
 from datakit.models.chat import Ask, request_of
+from datakit.models.sampling import Sampling
 from datakit.models.scripted import Scripted
-from datakit.models.specs import Sampling, ScriptedSpec
+from datakit.models.specs import ScriptedSpec
 
 VERDICT = {
     "type": "object",

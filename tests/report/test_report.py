@@ -28,7 +28,6 @@ from datakit.records import (
     Prompt,
     Response,
     Verdict,
-    to_frame,
 )
 from datakit.report.card import code, inert, render_card
 from datakit.report.figures import bin_edges, judge_figures, summary, verdict_lines, wilson
@@ -36,6 +35,7 @@ from datakit.report.numbers import gate, lookup, report_numbers
 from datakit.report.page import duels, percent, render_page, short_number
 from datakit.report.samples import samples
 from datakit.report.tally import Tally
+from datakit.tables import to_frame
 from datakit.verdicts import first_share, flip_share, mean_scores
 from datakit.versions import Manifest, ModelCard, Parent, PublishedFile, StepCount
 

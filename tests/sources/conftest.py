@@ -8,9 +8,10 @@ import pytest
 
 from datakit.engine import execute
 from datakit.recipe import load_recipe
-from datakit.records import KINDS, Record, from_frame
+from datakit.records import KINDS, Record
 from datakit.session import Settings
 from datakit.store import Store
+from datakit.tables import from_frame
 from datakit.work import perform
 
 

@@ -5,7 +5,8 @@ import hashlib
 import pytest
 
 from datakit.errors import InputError
-from datakit.records import Message, Pair, to_frame
+from datakit.records import Message, Pair
+from datakit.tables import to_frame
 from datakit.versions import Manifest, PublishedFile, flatten
 
 MANIFEST = {

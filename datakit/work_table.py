@@ -1,0 +1,89 @@
+"""Doing a Work of one table step: all parts at once, in no event loop."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import polars as pl
+
+from datakit.engine import Work
+from datakit.errors import BugError, blamed
+from datakit.kit import Kit
+from datakit.recipe import PlacedStep
+from datakit.records import KINDS, Record
+from datakit.rows import conserve, decided, part_key
+from datakit.session import Session
+from datakit.step import Split, TableStep, prepares
+from datakit.store import Chunk, Done, Store, cut
+
+
+def whole_table(work: Work, session: Session) -> Done:
+    """All parts at once; `prepare` by part, stored on its own."""
+    store = Store(work.settings.outputs)
+    placed = work.steps[0]
+    step = placed.step
+    assert isinstance(step, TableStep)
+    kind = KINDS[work.kind]
+    kit = session.kit(placed.alias)
+    inputs = work.inputs
+    rows_in = sum(chunk.rows for chunk in inputs)
+    session.watch.step_begins(placed.alias, rows_in)
+    digests = [chunk.digest for chunk in inputs]
+    key = part_key(placed, kind.__name__, [str(work.cut), *digests], work.settings, kit)
+    done = store.find(key)
+    if done is None:
+        drops: list[pl.DataFrame] = []
+        frames = _decided(store, work, placed, step, kind, kit, drops) if inputs else []
+        kept = cut(frames, work.cut)
+        done = store.save(key, placed.alias, placed.name, kind.__name__, rows_in, kept, drops)
+    session.watch.part_done(done)
+    return done
+
+
+def _prepared(
+    store: Store, work: Work, placed: PlacedStep, step: Any, chunk: Chunk, kit: Kit
+) -> Chunk:
+    inert = frozenset(type(step).model_fields) - step.prepared_by
+    key = part_key(placed, "prepared", [chunk.digest], work.settings, kit, inert)
+    done = store.find(key)
+    if done is None:
+        frame = store.read(chunk)
+        with blamed(placed.alias, "preparing its table"):
+            made: pl.DataFrame = step.prepare(frame, kit)
+        if made["id"].to_list() != frame["id"].to_list():
+            raise BugError(f"step {placed.alias!r}: prepare must keep the rows and their order")
+        done = store.save(
+            key, placed.alias, placed.name, "", frame.height, [made], [], hashed=False
+        )
+    return done.chunks[0]
+
+
+def _decided(
+    store: Store,
+    work: Work,
+    placed: PlacedStep,
+    step: TableStep[Record, Record],
+    kind: type[Record],
+    kit: Kit,
+    drops: list[pl.DataFrame],
+) -> Iterator[pl.DataFrame]:
+    """The kept rows, part by part; the dropped ones are added to `drops` as it goes."""
+    inputs = work.inputs
+    table = store.scan(inputs, kind.table_schema())
+    if prepares(step):
+        prepared = [_prepared(store, work, placed, step, chunk, kit) for chunk in inputs]
+        extra = store.scan(prepared, pl.Schema()).drop("id")
+        table = pl.concat([table, extra], how="horizontal")
+    split = applied(placed, table, kit)
+    for chunk in inputs:
+        frame = store.read(chunk)
+        kept, dropped = decided(frame, split, placed.alias, kind)
+        conserve(placed.alias, frame, kept, dropped)
+        drops.append(dropped)
+        if kept.height:
+            yield kept
+
+
+def applied(placed: PlacedStep, table: Any, kit: Kit) -> Split:
+    """What a frame or table step decides; a mistake of the step names it."""
+    with blamed(placed.alias, "on its table"):
+        return placed.step.apply(table, kit)  # type: ignore[attr-defined]
