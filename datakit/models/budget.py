@@ -25,6 +25,12 @@ from datakit.values import Number, Value
 Per = Literal["run", "day", "month", "total"]
 
 _DAY_S = 86_400.0
+_WHOSE: dict[Per, str] = {
+    "run": "this run",
+    "day": "this day",
+    "month": "this month",
+    "total": "all runs of the recipe",
+}
 
 
 class Budget(Value):
@@ -209,7 +215,7 @@ def said_of(budget: Budget, ledger: Ledger, scope: str) -> str:
         "" if budget.max_tokens is None else f"{budget.max_tokens:,} tokens",
     ]
     usd, tokens = spent(ledger, scope)
+    named = " and ".join(cap for cap in caps if cap)
     return (
-        f"the budget of {' and '.join(cap for cap in caps if cap)} for this {budget.per} is spent "
-        f"(${usd:,.4f}, {tokens:,} tokens)"
+        f"the budget of {named} for {_WHOSE[budget.per]} is spent (${usd:,.4f}, {tokens:,} tokens)"
     )

@@ -24,7 +24,8 @@ from datakit.models.chat import Reply, request_of
 from datakit.models.ledger import Ledger
 from datakit.models.specs import Price
 
-PER = ("run", "day", "month", "total")
+WHOSE = {"run": "this run", "day": "this day", "month": "this month", "total": "all runs"}
+PER = tuple(WHOSE)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_a_cap_is_for_a_run_a_day_a_month_or_all_runs(ledger, per):
         await of(one, 1, 1.0, "one")
         one.settle((1, 0), (1.0, 1))
         one.close()
-        with pytest.raises(Pending, match=f"for this {per} is spent"):
+        with pytest.raises(Pending, match=f"for {WHOSE[per]}"):
             await one.hold(0.1, 0)
         other_run = Allowance(Budget(max_usd=1, per=per), ledger, "recipe", "run-2")
         if per == "run":
@@ -339,7 +340,7 @@ def test_a_whole_run_stops_at_its_cap_and_the_next_sends_nothing_again(tmp_path)
 def test_a_cap_for_all_runs_lets_the_next_run_send_nothing_until_it_is_raised(tmp_path):
     with Endpoint(reply=lambda body: "two words") as endpoint:
         for _ in range(2):
-            with pytest.raises(Stopped, match="for this total is spent"):
+            with pytest.raises(Stopped, match="for all runs of the recipe is spent"):
                 run(tmp_path, recipe(endpoint.url, 60, budget={"max_tokens": 150, "per": "total"}))
         stopped_at = endpoint.stats()["requests"]
         raised = recipe(endpoint.url, 60, budget={"max_tokens": 9_000, "per": "total"})
@@ -355,3 +356,20 @@ def test_dollars_without_a_known_price_are_refused_before_any_call(tmp_path):
         assert endpoint.stats()["requests"] == 0
         # Tokens can be capped all the same.
         assert run(tmp_path, unknown, max_tokens=9_000).manifest.funnel[-1].kept == 5
+
+
+def test_a_new_day_has_a_budget_of_its_own(ledger, monkeypatch):
+    clock = [1_700_000_000 // 86_400 * 86_400 + 86_390.0]
+    monkeypatch.setattr("datakit.models.budget.time.time", lambda: clock[0])
+
+    async def work():
+        one = Allowance(Budget(max_usd=1, per="day"), ledger, "recipe", "run-1")
+        for _ in range(3):
+            await one.hold(1, 0)
+            one.settle((1, 0), (1.0, 1))
+            with pytest.raises(Pending):
+                await one.hold(1, 0)
+            assert one.is_spent
+            clock[0] += 86_400
+
+    in_loop(work)

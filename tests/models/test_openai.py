@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -13,8 +14,9 @@ from aiohttp import web
 from endpoint import Endpoint
 from models_kit import answer, answers, attempts, openai, outcomes, say, server, within
 
+import datakit as dk
 from datakit.errors import EndpointError, Unanswered
-from datakit.models.chat import Reply
+from datakit.models.chat import Reply, request_of
 
 SECRET = "sk-planted-7f3a9c51e0b24d68"
 
@@ -205,3 +207,40 @@ def test_an_unknown_model_is_named_with_the_address(tmp_path):
         assert endpoint.stats()["requests"] == 1
     assert endpoint.url in str(caught.value)
     assert "'unknown'" in str(caught.value)
+
+
+def test_two_roles_of_one_model_ask_once_and_share_its_window(tmp_path):
+    with Endpoint(latency="fixed:0.05") as endpoint:
+        model = {"kind": "openai", "model": "any", "base_url": endpoint.url, "max_in_flight": 4}
+        recipe = {
+            "name": "twice",
+            "models": {"a": model, "b": model},
+            "steps": [
+                {"step": "toys.numbers", "rows": 20},
+                {"step": "annotation.respond", "models": ["a", "b"]},
+            ],
+        }
+        dk.run(recipe, outputs=tmp_path / "outputs", state=tmp_path / "state")
+        stats = endpoint.stats()
+    assert stats["requests"] == stats["distinct"] == 20
+    assert stats["max_in_flight"] <= 4
+
+
+@pytest.mark.parametrize("field", ["model", "messages", "n", "stream"])
+def test_what_a_request_has_of_its_own_cannot_be_set_beside_it(field):
+    with pytest.raises(ValueError, match=field):
+        openai("http://127.0.0.1:1/v1", extra_body={field: 2})
+
+
+def test_samples_under_one_seed_are_samples():
+    spec = openai("http://127.0.0.1:1/v1", sampling={"seed": 7})
+    asks = [replace(say(), draw=draw) for draw in range(3)]
+    assert [request_of(spec, "m", ask).body["seed"] for ask in asks] == [7, 8, 9]
+
+
+def test_an_address_that_only_fails_takes_no_row_from_a_healthy_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("datakit.models.openai._FIRST_WAIT_S", 0.05)
+    with Endpoint(p500=1) as bad, Endpoint(latency="fixed:0.02") as good:
+        spec = openai((bad.url, good.url), max_in_flight=16, retries=6)
+        found = answers(tmp_path, spec, [say(str(number)) for number in range(200)])
+    assert not [one for one in found if isinstance(one, Exception)]
