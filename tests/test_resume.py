@@ -127,7 +127,7 @@ def test_an_outage_publishes_nothing_and_is_resumed(tmp_path):
 
 def test_a_bad_request_is_no_verdict_on_the_row_and_is_asked_again_when_mended(tmp_path):
     with Endpoint(models=["any"]) as endpoint:
-        broken = "retries: 0, extra_body: {stream: true}"
+        broken = "retries: 0, extra_body: {max_tokens: -1}"
         recipe = write_recipe(tmp_path, endpoint.url, rows=10, more=broken)
         done = attempt(recipe, tmp_path)
         assert done.returncode == 4

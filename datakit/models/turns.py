@@ -51,7 +51,7 @@ class InTurns:
                 return await up.answer(request)
             except Unanswered as error:
                 until = until or time.monotonic() + self._spec.start_timeout_s
-                if error.reason != "connection" or time.monotonic() > until:
+                if error.reason not in ("connection", "cut") or time.monotonic() > until:
                     raise
 
     async def close(self) -> None:
