@@ -2,7 +2,7 @@
 
     kind              policy
     rate_limited      429: wait as long as the endpoint says, halve the window, try again
-    overloaded        503, 529: wait with jitter, halve the window, try again
+    overloaded        503, 529: wait with jitter, halve the window where there are many, try again
     server_error      other 5xx, 408, 409: wait with jitter, try again, elsewhere where that can be
     timeout           the same; an address that goes on failing so is left out a while
     connection        refused: the same

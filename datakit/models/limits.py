@@ -32,6 +32,9 @@ _SLOWED = 2.5
 _AGING_S = 60.0
 """After so long, the best time to an answer counts for twice as much."""
 _LEAST_SAMPLES = 32
+_SHARE_STEP = 0.01
+_TOO_MANY = 0.15
+"""Refused of the last hundred requests: beyond it the endpoint has too much on its hands."""
 _DRAW_S = 0.1
 
 
@@ -46,6 +49,7 @@ class Place:
         self.out_until = 0.0
         self._cut_at = 0.0
         self._failed_at = 0.0
+        self._refusals = 0.0
         self._recent_s = 0.0
         self._best_s = 0.0
         self._aged_at = 0.0
@@ -63,6 +67,7 @@ class Place:
     def answered(self, took_s: float, widest: float) -> None:
         """An answer came: the window may grow while it was in use and answers come quickly."""
         self.failures = 0
+        self._refusals -= _SHARE_STEP * self._refusals
         self._samples += 1
         weight = max(1 / self._samples, 1 / _LEAST_SAMPLES)
         self._recent_s += weight * (took_s - self._recent_s)
@@ -79,7 +84,13 @@ class Place:
         self._grew = True
 
     def refused(self, sent_at: float, wait_s: float | None) -> None:
-        """It has too much: halve the window, once for all requests that were on their way."""
+        """It has too much: halve the window, once for all requests that were on their way.
+
+        A refusal now and then, which says no time to wait, is no sign of that.
+        """
+        self._refusals += _SHARE_STEP * (1 - self._refusals)
+        if wait_s is None and self._refusals < _TOO_MANY:
+            return
         now = time.monotonic()
         if wait_s is not None:
             self.out_until = max(self.out_until, now + min(wait_s, _LONGEST_WAIT_S))

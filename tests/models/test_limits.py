@@ -152,7 +152,7 @@ def load(place, rounds, latency, widest=2048):
 def test_the_window_doubles_until_it_is_refused_and_then_grows_by_one_a_round():
     place = Place(ONE, 32)
     assert load(place, 3, lambda busy: 0.1) == pytest.approx(256, abs=2)
-    place.refused(time.monotonic(), None)
+    place.refused(time.monotonic(), 0.0)
     assert load(place, 10, lambda busy: 0.1) == pytest.approx(138, abs=1)
     assert load(place, 900, lambda busy: 0.1, widest=150) == 150
 
