@@ -19,7 +19,7 @@ from datakit.models.faults import Fault
 from datakit.models.ledger import Answer, Attempt, Ledger
 from datakit.models.openai import Usage
 from datakit.models.prices import price_of
-from datakit.models.specs import OpenAISpec, Price
+from datakit.models.specs import FREE, OpenAISpec
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 100_000_000
@@ -34,7 +34,6 @@ BUDGET = "budget"
 _CLAIM_S = 3600.0
 """No upload takes longer."""
 
-_FREE = Price(input=0, output=0)
 _INFINITE = float("inf")
 
 
@@ -77,7 +76,7 @@ class BatchBook:
         self._recipe = recipe
         self._run = run
         self._budget = budget
-        self._price = price_of(spec, ledger.path.parent) or _FREE
+        self._price = price_of(spec, ledger.path.parent) or FREE
         self._usage = Usage()
 
     # -- the queue -------------------------------------------------------------------------------

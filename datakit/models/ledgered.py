@@ -11,10 +11,8 @@ from typing import Any
 from datakit.errors import NotRecorded, Pending
 from datakit.models.book import Book
 from datakit.models.chat import Ask, ChatModel, Reply, Request, request_of
-from datakit.models.specs import ChatSpec, Price
+from datakit.models.specs import FREE, ChatSpec, Price
 from datakit.text import shorten
-
-_FREE = Price(input=0, output=0)
 
 
 class Ledgered:
@@ -30,7 +28,7 @@ class Ledgered:
         self._inner = inner
         self._spec = spec
         self._book = book
-        self._price = price or _FREE
+        self._price = price or FREE
         self._role = role
         self._under_way = book.under_way
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from datakit.errors import InputError
-from datakit.models.specs import ChatSpec, OpenAISpec, Price
+from datakit.models.specs import FREE, ChatSpec, OpenAISpec, Price
 
 AS_OF = "2025-10"
 """How old the table is; prices change, so `plan` says this."""
@@ -18,7 +18,6 @@ AS_OF = "2025-10"
 BATCH_SHARE = 0.5
 """What a provider's batch API costs beside the live one."""
 
-_FREE = Price(input=0, output=0)
 
 TABLE: dict[str, dict[str, Price]] = {
     "api.openai.com": {
@@ -44,7 +43,7 @@ def price_of(spec: ChatSpec, state: Path) -> Price | None:
     price = spec.price
     if price is None:
         if not isinstance(spec, OpenAISpec) or not spec.urls:
-            return _FREE
+            return FREE
         host = urlsplit(spec.urls[0]).hostname or ""
         price = _own(state / "prices.yaml").get(spec.model) or TABLE.get(host, {}).get(spec.model)
     if price is not None and isinstance(spec, OpenAISpec) and spec.mode == "batch":

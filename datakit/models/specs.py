@@ -72,6 +72,10 @@ class Price(Value):
         return (input_tokens * self.input + output_tokens * self.output) / 1e6
 
 
+FREE = Price(input=0, output=0)
+"""What a local model costs, and what one counts as whose price nobody knows."""
+
+
 class Spec(Value):
     """What every model spec holds. `identity` overrides the name by which answers are kept."""
 
