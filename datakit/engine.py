@@ -9,7 +9,6 @@ hands them to whoever does them: `datakit.work.perform`, here or elsewhere.
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import polars as pl
 
 from datakit.errors import BugError, InputError
 from datakit.ids import joined, packed, spelled
@@ -159,11 +158,8 @@ def _conserved(
     given = rows_in if before is None else sum(done.rows for done in before)
     if rows_in != given:
         raise BugError(f"step {placed.alias!r} took {rows_in} of {given} rows")
-    chunks = [chunk for done in dones for chunk in done.chunks]
-    if not chunks:
-        return
-    columns = (pl.read_parquet(store.path(chunk), columns=["id"])["id"] for chunk in chunks)
-    ids = np.sort(joined(packed(column.to_list()) for column in columns))
+    chunks = (chunk for done in dones for chunk in done.chunks)
+    ids = np.sort(joined(packed(run["id"].to_list()) for run in store.runs(chunks, ["id"])))
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
         raise BugError(f"step {placed.alias!r} gave two rows the id {spelled(twice)[0]!r}")

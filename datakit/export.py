@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from datakit.ids import ID_BYTES
 from datakit.records import Pair, Record
 from datakit.tables import each_record, pieces
-from datakit.values import small
 from datakit.versions import PublishedFile, Version, flatten
 
 if TYPE_CHECKING:
@@ -82,10 +81,11 @@ class ConfigWriter:
     def write(self, frame: pl.DataFrame) -> None:
         """Rows in order; each goes to the file of its column `split`."""
         import pyarrow.parquet as pq
+        from pyarrow import default_memory_pool
 
         self._hashes.append(row_hashes(frame))
         for (split,), part in frame.group_by("split", maintain_order=True):
-            table = small(part.to_arrow())
+            table = part.to_arrow()
             name = str(split)
             if name not in self._writers:
                 path = self._folder / self._config / f"{name}-00000-of-00001.parquet"
@@ -93,12 +93,17 @@ class ConfigWriter:
                 self._writers[name] = pq.ParquetWriter(
                     path,
                     table.schema,
+                    # What Parquet itself says of the columns: not every reader knows Arrow's
+                    # `large_` types, which polars has.
+                    store_schema=False,
                     compression="zstd",
                     write_page_index=True,
                     use_content_defined_chunking=True,
                 )
             self._writers[name].write_table(table, row_group_size=ROW_GROUP)
             self._rows[name] = self._rows.get(name, 0) + part.height
+        # The pool keeps what it once had, as if the next batch were as large.
+        default_memory_pool().release_unused()
 
     def close(self) -> tuple[list[PublishedFile], Hashes]:
         """The files, and the hashes of all rows written."""
@@ -116,8 +121,10 @@ def write_frames(path: Path, frames: Iterable[pl.DataFrame]) -> None:
 
     writer: pq.ParquetWriter | None = None
     for frame in frames:
-        table = small(frame.to_arrow())
-        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+        table = frame.to_arrow()
+        writer = writer or pq.ParquetWriter(
+            path, table.schema, store_schema=False, compression="zstd"
+        )
         writer.write_table(table)
     assert writer is not None
     writer.close()

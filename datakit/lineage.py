@@ -49,7 +49,7 @@ def funnel(
 
 @dataclass(frozen=True)
 class Placed:
-    """The rows of a step that have a split, read part by part: a version may outgrow memory.
+    """The rows of a step that have a split, read in runs: a version may outgrow memory.
 
     splits: the split of each row of the step, in order; 0 for one without.
     """
@@ -63,23 +63,14 @@ class Placed:
     def frames(self, columns: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
         """Record tables whose `split` is the assigned one, or only `id` and these columns."""
         wanted = ["id", *columns] if columns else self.kind.table_schema().names()
-        for chunk, codes in self._parts():
-            yield self._read(chunk, codes, wanted)
-
-    def _parts(self) -> Iterator[tuple[Chunk, Codes]]:
-        """Each part with the splits of its rows."""
+        read = [name for name in wanted if name != "split"]
         start = 0
-        for chunk in chunks(self.dones):
-            yield chunk, self.splits[start : start + chunk.rows]
-            start += chunk.rows
-
-    def _read(self, chunk: Chunk, codes: Codes, columns: Sequence[str]) -> pl.DataFrame:
-        read = [name for name in columns if name != "split"]
-        frame = pl.read_parquet(self.store.path(chunk), columns=read)
-        if "split" in columns:
+        for run in self.store.runs(chunks(self.dones), read):
+            codes = self.splits[start : start + run.height]
+            start += run.height
             split = pl.Series("split", self.named.spelled(codes), dtype=pl.String())
-            frame = frame.with_columns(split).select(columns)
-        return frame if codes.all() else frame.filter(pl.Series(codes != 0))
+            frame = run.with_columns(split).select(wanted)
+            yield frame if codes.all() else frame.filter(pl.Series(codes != 0))
 
     def names(self) -> tuple[list[str], list[str]]:
         """The names of the measures and of the labels that occur, sorted."""
@@ -92,15 +83,12 @@ class Placed:
 
     def find(self, ids: Sequence[str]) -> pl.DataFrame:
         """The rows with these ids, in a record table."""
-        columns = self.kind.table_schema().names()
-        found = [pl.DataFrame(schema=self.kind.table_schema())]
-        wanted = pl.Series(ids, dtype=pl.String()).implode()
-        for chunk, codes in self._parts():
-            here = pl.read_parquet(self.store.path(chunk), columns=["id"])["id"].is_in(wanted)
-            if here.any():
-                some = self._read(chunk, np.where(here.to_numpy(), codes, 0), columns)
-                found.append(some)
-        return pl.concat(found)
+        wanted = pl.col("id").is_in(pl.Series(ids, dtype=pl.String()).implode())
+        empty = pl.DataFrame(schema=self.kind.table_schema())
+        splits = (frame.filter(wanted) for frame in self.frames(["split"]))
+        split = pl.concat([empty.select("id", "split"), *splits])
+        found = pl.concat([empty, *self.store.runs(chunks(self.dones), empty.columns, wanted)])
+        return found.drop("split").join(split, on="id").select(empty.columns)
 
 
 def rejects(store: Store, markers: Sequence[Sequence[Done]]) -> Iterator[pl.DataFrame]:
@@ -151,12 +139,12 @@ def chunks(dones: Sequence[Done]) -> list[Chunk]:
 
 def source_roots(store: Store, kind: type[Record], source: Sequence[Done], names: Names) -> Roots:
     """The roots of the source rows, each with the split that the source declares."""
-    return Roots.joined(_part_roots(store, kind, chunk, names) for chunk in chunks(source))
-
-
-def _part_roots(store: Store, kind: type[Record], chunk: Chunk, names: Names) -> Roots:
     columns = ["id", "roots", "split", *_opening(kind)]
-    frame = pl.read_parquet(store.path(chunk), columns=columns)
+    runs = store.runs(chunks(source), columns)
+    return Roots.joined(_roots_of_rows(kind, frame, names) for frame in runs)
+
+
+def _roots_of_rows(kind: type[Record], frame: pl.DataFrame, names: Names) -> Roots:
     keys = packed([digest(normalise(text), ID_BYTES) for text in _first_turns(kind, frame)])
     row = np.repeat(np.arange(frame.height), frame["roots"].list.len().to_numpy())
     roots = packed(frame["roots"].explode().drop_nulls().to_list())
@@ -164,9 +152,9 @@ def _part_roots(store: Store, kind: type[Record], chunk: Chunk, names: Names) ->
 
 
 def row_roots(store: Store, dones: Sequence[Done]) -> Iterator[pl.Series]:
-    """The roots of each row of a step, part by part."""
-    for chunk in chunks(dones):
-        yield pl.read_parquet(store.path(chunk), columns=["roots"])["roots"]
+    """The roots of each row of a step, some parts at a time."""
+    for frame in store.runs(chunks(dones), ["roots"]):
+        yield frame["roots"]
 
 
 def duplicate_roots(store: Store, markers: Sequence[Sequence[Done]]) -> tuple[Ids, Ids]:
@@ -195,8 +183,7 @@ def _roots_of(store: Store, markers: Sequence[Sequence[Done]], wanted: pl.Series
     """`id` and `root` of every wanted row, of whichever step; a line for each root."""
     found = [pl.DataFrame(schema=_KNOWN)]
     for dones in markers:
-        for chunk in chunks(dones):
-            frame = pl.read_parquet(store.path(chunk), columns=["id", "roots"])
+        for frame in store.runs(chunks(dones), ["id", "roots"]):
             near = frame.filter(pl.col("id").is_in(wanted.implode())).explode("roots")
             found.append(near.select("id", root="roots").drop_nulls())
     return pl.concat(found).unique()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import polars as pl
 
 from datakit.records import Record
-from datakit.values import small, table_of_lines
+from datakit.values import small_schema, table_of_lines
 
 BATCH = 1_000
 """Rows that are plain data at a time between tables and records, so that memory stays flat."""
@@ -43,7 +43,7 @@ def frames(kind: type[R], rows: Iterable[R]) -> Iterator[pl.DataFrame]:
 @cache
 def _arrow_schema(kind: type[Record]) -> Any:
     """The table schema as pyarrow has it; its JSON reader knows no `large_` types."""
-    return small(pl.DataFrame(schema=kind.table_schema()).to_arrow()).schema
+    return small_schema(pl.DataFrame(schema=kind.table_schema()).to_arrow().schema)
 
 
 def from_frame(kind: type[R], frame: pl.DataFrame) -> list[R]:

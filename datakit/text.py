@@ -8,13 +8,16 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# Made once: `json.dumps` makes an encoder for each call. Plain data holds no circles to look for.
-_CANONICAL = json.JSONEncoder(
-    sort_keys=True,
-    ensure_ascii=False,
-    separators=(",", ":"),
-    allow_nan=False,
-    check_circular=False,
+import orjson
+
+# For what orjson does not take (whole numbers beyond 64 bits), and to find a NaN, which it takes.
+_STRICT = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+)
+_ONLY_JSON = (
+    orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
 )
 _SLOT = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 # Marks of a sentence fold away; where they carry meaning they stay: 3.5, .5, 5!, x != y, don't.
@@ -29,13 +32,26 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
-    return _CANONICAL.encode(value)
+    """The one JSON text of a value: sorted keys, no spaces.
+
+    Raises ValueError for NaN and infinity, TypeError for what is no JSON.
+    """
+    return _canonical(value).decode()
 
 
 def digest(value: object, size: int = 16) -> str:
     """Hex blake2b of `size` bytes over the canonical JSON of `value`."""
-    return hashlib.blake2b(canonical_json(value).encode(), digest_size=size).hexdigest()
+    return hashlib.blake2b(_canonical(value), digest_size=size).hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS | _ONLY_JSON)
+    except TypeError:
+        return _STRICT.encode(value).encode()
+    if b"null" in text:
+        _STRICT.encode(value)
+    return text
 
 
 def fill(template: str, **values: str) -> str:

@@ -90,23 +90,24 @@ def polars_type(annotation: Any) -> pl.DataType:
 
 def table_of_lines(lines: Sequence[str], schema: Any) -> pl.DataFrame:
     """JSON lines as a table of a pyarrow schema without `large_` types."""
-    from pyarrow import BufferReader, json
+    from pyarrow import BufferReader, json, system_memory_pool
 
     text = "\n".join(lines).encode()
     table = json.read_json(
         BufferReader(text),
         read_options=json.ReadOptions(use_threads=False, block_size=len(text) + 1),
         parse_options=json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+        # The default pool keeps what it once had: tens of MB for tables of one.
+        memory_pool=system_memory_pool(),
     )
     return typing.cast("pl.DataFrame", pl.from_arrow(table))
 
 
-def small(table: Any) -> Any:
-    """A pyarrow table without the `large_` types, which not every reader knows."""
+def small_schema(schema: Any) -> Any:
+    """A pyarrow schema without the `large_` types, which not every reader knows."""
     import pyarrow as pa
 
-    fields = [(field.name, _small_type(field.type)) for field in table.schema]
-    return table.cast(pa.schema(fields))
+    return pa.schema([(field.name, _small_type(field.type)) for field in schema])
 
 
 def _small_type(kind: Any) -> Any:

@@ -84,6 +84,7 @@ def perform(
 
 async def _perform(work: Work, session: Session) -> Markers:
     worker = _Worker(work, session)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     try:
         match work.steps[0].step:
             case SourceStep():
@@ -160,9 +161,8 @@ class _Worker:
         """How often each key or content was met in the ranges before."""
         seen: Counter[str] = Counter()
         for done in dones:
-            for chunk in done.chunks:
-                origins = pl.read_parquet(self.store.path(chunk), columns=["origin"])["origin"]
-                seen.update(origin.rpartition("#")[0] for origin in origins)
+            for frame in self.store.runs(done.chunks, ["origin"]):
+                seen.update(origin.rpartition("#")[0] for origin in frame["origin"])
         return seen
 
     # -- row-local steps -------------------------------------------------------------------------

@@ -178,8 +178,22 @@ def test_more_rows_than_a_batch_keep_their_order():
     )
 )
 def test_canonical_json_is_that_of_the_library(value):
-    plain = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    assert canonical_json(value) == plain
+    """Only powers of ten are written in another way."""
+    read = json.loads(canonical_json(value))
+    assert read == value
+    told = {"ensure_ascii": False, "separators": (",", ":")}
+    assert json.dumps(read, **told) == json.dumps(value, sort_keys=True, **told)
+
+
+@pytest.mark.parametrize("value", [float("nan"), [None, float("inf")], {"a": {"b": -float("inf")}}])
+def test_canonical_json_holds_no_nan(value):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        canonical_json(value)
+
+
+@pytest.mark.parametrize("value", [2**70, [None, -(2**80)]])
+def test_canonical_json_holds_whole_numbers_of_any_size(value):
+    assert json.loads(canonical_json(value)) == value
 
 
 MARKS = re.compile(

@@ -12,7 +12,7 @@ from datakit.models.budget import Allowance, charge
 from datakit.models.chat import Reply, Request
 from datakit.models.ledger import Answer, Attempt, Ledger
 
-_GATHER_S = 0.005
+_GATHER_S = 0.01
 """How long answers are gathered before they are written together."""
 
 

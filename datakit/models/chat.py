@@ -6,6 +6,7 @@ An `Ask` is what a step wants to know; `request_of` merges it with the model's o
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from pydantic import JsonValue
@@ -96,9 +97,13 @@ def request_of(spec: ChatSpec, identity: str, ask: Ask, step: str = "", depth: i
     return Request(body, text, key, ask.draw, ask.answer_schema, step, depth)
 
 
+_quoted = lru_cache(canonical_json)
+"""A run asks few models, and each of them often."""
+
+
 def answer_key(identity: str, text: str, draw: int) -> str:
     """Hash of the model's identity, the draw number and the request's canonical JSON."""
-    whole = f"[{canonical_json(identity)},{draw},{text}]"
+    whole = f"[{_quoted(identity)},{draw},{text}]"
     return hashlib.blake2b(whole.encode(), digest_size=_KEY_BYTES).hexdigest()
 
 

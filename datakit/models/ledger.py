@@ -122,8 +122,10 @@ class Ledger:
 
     def get(self, key: str) -> Reply | None:
         """The answer under `key`, or None."""
-        with self.outside():
+        try:
             row = self.db.execute("SELECT reply FROM answers WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
         return Reply.model_validate_json(row[0]) if row else None
 
     def put(self, answers: Sequence[Answer]) -> int:
@@ -175,10 +177,13 @@ class Ledger:
         try:
             yield
         except sqlite3.Error as error:
-            raise OutsideError(
-                f"the ledger {str(self.path)!r} cannot be used: {error}; free it (another import, "
-                "a full disk) and run the same command again"
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: sqlite3.Error) -> OutsideError:
+        return OutsideError(
+            f"the ledger {str(self.path)!r} cannot be used: {error}; free it (another import, "
+            "a full disk) and run the same command again"
+        )
 
     def entries(self, model: str | None = None) -> Iterator[Entry]:
         """Every answer in key order, of one model identity where named."""

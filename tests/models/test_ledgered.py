@@ -91,7 +91,7 @@ def test_who_stops_waiting_for_an_equal_request_does_not_stop_the_others(tmp_pat
 
 
 def test_no_more_than_max_in_flight_are_under_way(tmp_path):
-    with Endpoint(latency="fixed:0.01") as endpoint:
+    with Endpoint(latency="fixed:0.05") as endpoint:
         asks = [say(f"question {number}") for number in range(20)]
         answers(tmp_path, openai(endpoint.url, max_in_flight=4), asks)
         assert endpoint.stats()["max_in_flight"] == 4
