@@ -1,8 +1,9 @@
 """Doing a Work of one table step: all parts at once, in no event loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from datakit.engine import Work
@@ -74,13 +75,29 @@ def _decided(
         extra = store.scan(prepared, pl.Schema()).drop("id")
         table = pl.concat([table, extra], how="horizontal")
     split = applied(placed, table, kit)
-    for chunk in inputs:
+    for chunk, some in zip(inputs, _by_part(split, store, inputs), strict=True):
         frame = store.read(chunk)
-        kept, dropped = decided(frame, split, placed.alias, kind)
+        kept, dropped = decided(frame, some, placed.alias, kind)
         conserve(placed.alias, frame, kept, dropped)
         drops.append(dropped)
         if kept.height:
             yield kept
+
+
+def _by_part(split: Split, store: Store, inputs: Sequence[Chunk]) -> list[Split]:
+    """A decision on all rows as one on each part's: joined once, not once for each part."""
+    sizes = [chunk.rows for chunk in inputs]
+    ids = pl.concat([pl.DataFrame(schema={"id": pl.String()}), *store.runs(inputs, ["id"])])
+    place = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
+    places = ids.with_columns(pl.Series("_part", place))
+
+    def parts(side: pl.DataFrame) -> list[pl.DataFrame]:
+        found = side.join(places, on="id", maintain_order="left").partition_by(
+            "_part", as_dict=True, include_key=False
+        )
+        return [found.get((part,), side.clear()) for part in range(len(sizes))]
+
+    return [Split(*sides) for sides in zip(parts(split.kept), parts(split.dropped), strict=True)]
 
 
 def applied(placed: PlacedStep, table: Any, kit: Kit) -> Split:
