@@ -21,7 +21,7 @@ from datakit.models.specs import DEFAULT_MODELS, ModelSpec, OpenAISpec, Spec
 from datakit.recipe_files import find_recipe, read_yaml
 from datakit.records import Record
 from datakit.step import SourceStep, Step, roles
-from datakit.text import near_miss
+from datakit.text import digest, near_miss
 from datakit.values import SPLIT_NAME, Number, Value
 
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -98,6 +98,17 @@ class Recipe(Value):
         for placed in self.steps:
             kinds.append(placed.step.gives(kinds[-1] if kinds else None))
         return kinds
+
+    def roles(self) -> list[str]:
+        """The model roles that some step names, sorted."""
+        return sorted({role for placed in self.steps for _, role, _ in roles(placed.step)})
+
+    @property
+    def digest(self) -> str:
+        """What it means: a budget, and addresses, windows and limits of models do not count."""
+        models = {role: self.models[role].fingerprint() for role in self.roles()}
+        plain = {key: value for key, value in self.plain().items() if key != "budget"}
+        return digest(plain | {"models": models})
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

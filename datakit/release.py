@@ -50,7 +50,6 @@ from datakit.report.tally import Tally
 from datakit.session import Settings
 from datakit.shelf import move, next_partial, point_to_latest, replace, sweep
 from datakit.splits import Names, Roots, Splits, assign_splits, read_roots, root_frames
-from datakit.step import roles
 from datakit.store import Done, Store, write_json
 from datakit.text import digest
 from datakit.versions import (
@@ -143,7 +142,7 @@ class _Draft:
         self.hashes: dict[str, Hashes] = {}
         self.configs: dict[str, str] = {}
         self.report: dict[str, Any] = {}
-        self.recipe_digest = _recipe_digest(recipe)
+        self.recipe_digest = recipe.digest
         self.run_digest = digest(
             [
                 self.recipe_digest,
@@ -384,7 +383,7 @@ class _Draft:
             run_digest=self.run_digest,
             limit=self.settings.limit,
             pending=self.pending,
-            models={role: self._model_card(role) for role in _roles(self.recipe)},
+            models={role: self._model_card(role) for role in self.recipe.roles()},
             funnel=self.funnel,
             configs=self.configs,
             splits=splits,
@@ -419,15 +418,3 @@ def _unseen(frame: pl.DataFrame) -> None:
 
 def _is_judged(rows: Placed) -> bool:
     return issubclass(rows.kind, Judged)
-
-
-def _roles(recipe: Recipe) -> list[str]:
-    """The model roles that some step names."""
-    return sorted({role for placed in recipe.steps for _, role, _ in roles(placed.step)})
-
-
-def _recipe_digest(recipe: Recipe) -> str:
-    """What the recipe means: a budget, and addresses, windows and limits of models do not count."""
-    models = {role: recipe.models[role].fingerprint() for role in _roles(recipe)}
-    plain = {key: value for key, value in recipe.plain().items() if key != "budget"}
-    return digest(plain | {"models": models})
