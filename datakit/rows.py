@@ -73,7 +73,8 @@ def identified(
                 "another column to `split`, or none"
             )
         if isinstance(one, Reject):
-            dropped.append(_reject(one.place, one.reason, one.detail, one.raw))
+            lost = _reject(one.place, one.reason, one.detail, one.raw)
+            dropped.append(lost | {"related": one.related})
         elif one.id:
             rows += 1
             yield one

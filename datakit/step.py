@@ -82,12 +82,13 @@ class Range(Value):
 
 
 class Reject(Value):
-    """A unit of a source that is no valid record; `place` names file and row."""
+    """A unit of a source that is no row; `place` names file and row, `related` who it lost to."""
 
     place: str
     reason: str
     detail: str
     raw: str
+    related: str = ""
 
 
 class Drop(Value):

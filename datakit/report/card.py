@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from datakit.licences import mixed
 from datakit.report.columns import column_lines
 from datakit.report.numbers import NOT_STATED
 from datakit.report.page import (
@@ -77,14 +78,14 @@ def code(text: object) -> str:
 
 def _front_matter(manifest: Manifest, report: Mapping[str, Any]) -> dict[str, Any]:
     licenses = [name.strip().lower() for name in manifest.licenses]
-    known = len(licenses) == 1 and _LICENSE.fullmatch(licenses[0]) is not None
+    license_ = licenses[0] if len(licenses) == 1 else _together(manifest.licenses)
     languages = report["categories"].get("language", {"values": {}})["values"]
     codes = sorted(name for name in languages if _LANGUAGE.fullmatch(name))
     front: dict[str, Any] = {"pretty_name": plain(manifest.name)}
     if codes:
         front["language"] = codes
     front |= {
-        "license": licenses[0] if known else "other",
+        "license": license_ if _LICENSE.fullmatch(license_) else "other",
         "size_categories": [_size(report["rows"])],
         "tags": _tags(manifest, report),
     }
@@ -280,7 +281,13 @@ def _sources(report: Mapping[str, Any]) -> str:
         (inert(one["source"]), inert(one["license"]), count(one["rows"]))
         for one in report["sources"]
     )
-    return _table(("Source", "Licence", "Rows"), lines, (2,))
+    table = _table(("Source", "Licence", "Rows"), lines, (2,))
+    return f"{table}\n\nTogether: {_together(report['licenses'])}."
+
+
+def _together(names: Iterable[str]) -> str:
+    """The freest licence that rows under all these can be published under, or `unknown`."""
+    return str(mixed("" if name == NOT_STATED else name for name in names))
 
 
 def _limits(manifest: Manifest, report: Mapping[str, Any]) -> str:

@@ -646,8 +646,13 @@ def test_front_matter_names_files_license_size_and_language(report):
     assert config["config_name"] == "default"
     assert config["default"] is True
     assert {one["split"] for one in config["data_files"]} == {"train", "test"}
-    several = manifest_of(report, licenses={"MIT": 5, "Apache-2.0": 5})
-    assert front_matter(render_card(several, report))["license"] == "other"
+    for licenses, together in (
+        ({"MIT": 5, "Apache-2.0": 5}, "apache-2.0"),
+        ({"MIT": 5, "my own": 5}, "other"),
+        ({"CC-BY-SA-4.0": 5, "CC-BY-NC-4.0": 5}, "other"),
+    ):
+        several = manifest_of(report, licenses=licenses)
+        assert front_matter(render_card(several, report))["license"] == together
 
 
 def test_card_and_page_say_the_same(report):
