@@ -28,12 +28,13 @@ def part_key(
     settings: Settings,
     kit: Kit,
     inert: frozenset[str] = frozenset(),
+    outside: str | None = None,
 ) -> str:
     """The name of a part: a hash of everything that can change what is in it.
 
     Step, version, fields (a model role counts as the model behind it), alias, seed, the content of
     the input rows and how the output is cut, everything read from outside, and the version of the
-    record schemas.
+    record schemas. outside: in place of the fingerprint of all that the step reads from outside.
     """
     step = placed.step
     fields = step.model_dump(mode="json", exclude=set(step.inert | inert))
@@ -50,7 +51,7 @@ def part_key(
             "seed": settings.seed,
             "kind": kind,
             "inputs": list(inputs),
-            "outside": step.fingerprint(kit),
+            "outside": step.fingerprint(kit) if outside is None else outside,
             "schema": SCHEMA_VERSION,
         }
     )

@@ -192,6 +192,10 @@ class TableStep(Step, Generic[In, Out]):
     prepared_by: ClassVar[frozenset[str]] = frozenset()
     """The fields that `prepare` reads: only these enter the key of what it stores."""
 
+    def prepared_fingerprint(self, kit: "Kit") -> str:
+        """Fingerprint of all that `prepare` reads from outside."""
+        return self.fingerprint(kit)
+
     def prepare(self, frame: pl.DataFrame, kit: "Kit") -> pl.DataFrame:
         """Columns per row (vectors, signatures), as a frame of `id` and them; stored by part."""
         raise NotImplementedError

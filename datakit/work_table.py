@@ -44,7 +44,8 @@ def _prepared(
     store: Store, work: Work, placed: PlacedStep, step: Any, chunk: Chunk, kit: Kit
 ) -> Chunk:
     inert = frozenset(type(step).model_fields) - step.prepared_by
-    key = part_key(placed, "prepared", [chunk.digest], work.settings, kit, inert)
+    outside = step.prepared_fingerprint(kit)
+    key = part_key(placed, "prepared", [chunk.digest], work.settings, kit, inert, outside)
     done = store.find(key)
     if done is None:
         frame = store.read(chunk)

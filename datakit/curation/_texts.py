@@ -1,5 +1,6 @@
 """The text of a row that curation compares, and the order in which rows are worth keeping."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,25 +20,39 @@ _ANSWERS = ("chosen", "rejected", "completion", "draft", "edited")
 
 def row_texts(frame: pl.DataFrame, over: Over) -> list[str]:
     """One text for each row of a record table of any kind."""
-    columns: list[pl.Expr] = []
-    if over != "response":
-        columns += [_text(name, frame.schema[name]) for name in _PROMPTS if name in frame.columns]
-    if over != "prompt":
-        columns += [_text(name, frame.schema[name]) for name in _ANSWERS if name in frame.columns]
-        if "responses" in frame.columns:
-            texts = pl.element().struct.field("text")
-            columns.append(pl.col("responses").list.eval(texts).list.join("\n"))
+    return text_column(frame, over).to_list()
+
+
+def text_column(frame: pl.DataFrame, over: Over) -> pl.Series:
+    """One text for each row of a record table of any kind, as a column without nulls."""
+    schema = frame.schema
+    columns = [_text(name, schema[name]) for name in text_columns(over) if name in schema]
     if not columns:
         raise InputError(f"`over: {over}` compares nothing here: these rows have no {over}")
     joined = pl.concat_str(columns, separator="\n", ignore_nulls=True)
-    return frame.select(text=joined)["text"].to_list()
+    return frame.select(text=joined)["text"]
+
+
+def text_columns(over: Over) -> tuple[str, ...]:
+    """The columns of any kind that are compared."""
+    prompts = () if over == "response" else _PROMPTS
+    return prompts if over == "prompt" else (*prompts, *_ANSWERS, "responses")
 
 
 def _text(name: str, dtype: pl.DataType) -> pl.Expr:
-    if dtype == pl.String:
-        return pl.col(name)
-    content = pl.element().struct.field("content")
-    return pl.col(name).list.eval(content).list.join("\n")
+    match dtype:
+        case pl.String():
+            return pl.col(name)
+        case pl.List(inner=pl.String()):
+            return pl.col(name).list.join("\n")
+        case pl.List(inner=pl.Struct(fields=fields)):
+            known = [one.name for one in fields if one.name in ("content", "text")]
+            if known:
+                texts = pl.element().struct.field(known[0])
+                return pl.col(name).list.eval(texts).list.join("\n")
+        case _:
+            pass
+    raise InputError(f"column {name!r} is neither a text nor a list of turns, but {dtype}")
 
 
 def embedded(frame: pl.DataFrame, over: Over, role: str, kit: Kit) -> pl.DataFrame:
@@ -56,21 +71,44 @@ def vectors_of(table: pl.DataFrame) -> Vectors:
     return np.ascontiguousarray(table["vector"].to_numpy(), np.float32)
 
 
-Keep = Literal["first", "longest", "highest"]
-"""Which row of a cluster stays: the first of the source, the longest text, the highest measure."""
+Keep = Literal["first", "longest", "highest", "source"]
+"""Which row of a cluster stays: the first of the source, the longest text, the one with the highest
+measure, the one of the source that is named first."""
 
 
-def priority(table: pl.LazyFrame, keep: Keep, by: str | None, lengths: pl.Expr) -> list[int]:
-    """Row numbers, the most worth keeping first; ties go to the earlier row."""
+def priority(
+    table: pl.LazyFrame,
+    keep: Keep,
+    by: str | None = None,
+    sources: Sequence[str] = (),
+    lengths: pl.Expr | None = None,
+) -> list[int]:
+    """Row numbers, the most worth keeping first.
+
+    Of equals the one with the smaller id comes first, so that the order of the rows does not
+    matter; with `first` that order is what counts. Raises InputError where `by` or `sources` name
+    what no row has.
+    """
     match keep:
         case "first":
-            worth = pl.lit(0.0, pl.Float64)
+            worth = pl.lit(0.0)
         case "longest":
-            worth = lengths.cast(pl.Float64)
+            worth = pl.lit(0) if lengths is None else lengths
         case "highest":
             worth = measure(by or "").fill_null(float("-inf"))
-            found = table.select(worth=measure(by or "")).collect()["worth"]
-            if found.len() > 1 and found.null_count() == found.len():
-                raise InputError(f"`keep: highest`: no row has the measure {by!r}")
-    ranked = table.with_columns(worth=worth).select("worth").with_row_index("row").collect()
-    return ranked.sort("worth", "row", descending=[True, False])["row"].to_list()
+            _check_known(table.select(measure(by or "")), f"has the measure {by!r}", keep)
+        case "source":
+            places = {name: -place for place, name in enumerate(sources)}
+            known = pl.when(pl.col("source").is_in(list(sources))).then(pl.col("source"))
+            worth = known.replace_strict(places, default=-len(sources), return_dtype=pl.Int64)
+            _check_known(table.select(known), f"is of a source of {list(sources)}", keep)
+    tie = pl.lit("") if keep == "first" else pl.col("id")
+    named = table.with_columns(worth=worth.cast(pl.Float64), tie=tie).select("worth", "tie")
+    ranked = named.with_row_index("row").collect()
+    return ranked.sort("worth", "tie", "row", descending=[True, False, False])["row"].to_list()
+
+
+def _check_known(column: pl.LazyFrame, what: str, keep: Keep) -> None:
+    found = column.collect().to_series()
+    if found.len() > 1 and found.null_count() == found.len():
+        raise InputError(f"`keep: {keep}`: no row {what}")

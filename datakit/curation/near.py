@@ -4,74 +4,101 @@ Source: semantic deduplication as in SemDeDup (2303.09540) and Magpie (2406.0846
     squared L2 is a cosine of 0.975), but exact, and with a representative for every cluster.
 Takes: any kind.
 Gives: the same kind.
-Measures: `cluster_size` (rows, of those that stay).
-Drops: `near_duplicate`, naming the row that stays and the cosine similarity to it.
+Measures: `cluster_size` (rows that one stands for, itself among them; at least 1).
+Drops: `near_duplicate`, naming the row that stays or that stands in `against`, and the cosine
+    similarity to it.
 """
 
-from typing import Generic, Self
+from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 import polars as pl
-from pydantic import Field, model_validator
+from numpy.typing import NDArray
+from pydantic import Field
 
-from datakit.clusters import Linkage, representatives
-from datakit.curation._texts import Keep, Over, embedded, priority, row_texts, vectors_of
+from datakit.clusters import Ints, Linkage
+from datakit.curation._duplicates import Duplicates
+from datakit.curation._texts import embedded, text_column, vectors_of
 from datakit.kit import Kit
-from datakit.neighbours import pairs_over
-from datakit.step import EmbedRole, In, Split, TableStep
+from datakit.models.embed import Vectors
+from datakit.neighbours import Pairs, dots, pairs_between, pairs_over
+from datakit.step import EmbedRole, In
 
 
-class Near(TableStep[In, In], Generic[In]):
+@dataclass(frozen=True)
+class _Cosines:
+    """The vectors of our rows, then those of the reference."""
+
+    vectors: Vectors
+    ours: int
+    threshold: float
+
+    @property
+    def codes(self) -> NDArray[np.generic]:
+        """Equal vectors have equal hashes; one without any text is like no other."""
+        bits = self.vectors.view(np.uint32)
+        rng = np.random.default_rng(0)
+        factors = rng.integers(1 << 63, size=bits.shape[1], dtype=np.uint64) * 2 + 1
+        hashes = np.zeros(len(bits), np.uint64)
+        for start in range(0, len(bits), 4096):
+            hashes[start : start + 4096] = (bits[start : start + 4096] * factors).sum(axis=1)
+        _, codes = np.unique(hashes, return_inverse=True)
+        empty = np.flatnonzero(~self.vectors.any(axis=1))
+        codes[empty] = len(codes) + empty
+        return codes
+
+    def pairs(self, rows: Ints, rank: Ints) -> Pairs:
+        del rank
+        own = rows[rows < self.ours]
+        found = pairs_over(self.vectors[own], self.threshold)
+        if len(own) == len(rows):
+            return found
+        others = self.vectors[rows[len(own) :]]
+        across = pairs_between(self.vectors[own], others, self.threshold)
+        return Pairs(
+            np.concatenate([found.first, across.first]),
+            np.concatenate([found.second, across.second + len(own)]),
+            np.concatenate([found.similarity, across.similarity]),
+        )
+
+    def similarity(self, rows: Ints, others: Ints) -> NDArray[np.float64]:
+        return dots(self.vectors, self.vectors, rows, others).astype(np.float64)
+
+
+class Near(Duplicates[In], Generic[In]):
     """Keep one of each cluster of neighbours.
 
     threshold: cosine similarity in 0..1 from which two rows are neighbours. linkage: `components`
-    joins chains of neighbours, `star` drops a row only for a kept neighbour. keep: who stays;
-    `highest` goes by the measure named in `by`. A new threshold embeds nothing again.
+    joins chains of neighbours, `star` drops a row only for a kept neighbour. keep, by, sources:
+    who stays: `first` of the source, `longest` text, `highest` measure `by`, or by `source` in the
+    order of `sources`. against: a version (`name`, `name@x.y.z`, a folder) or a file whose rows
+    stay, and whose duplicates go. A new threshold embeds nothing again.
     """
 
-    incremental = "against"
     prepared_by = frozenset({"over", "embedder"})
 
     threshold: float = Field(default=0.9, gt=0, le=1)  # 0.9: Deita (2312.15685), as a similarity
-    over: Over = "prompt"
     linkage: Linkage = "components"
-    keep: Keep = "first"
-    by: str | None = None
     embedder: EmbedRole = "embedder"
-
-    @model_validator(mode="after")
-    def _highest_of_what(self) -> Self:
-        if (self.keep == "highest") != (self.by is not None):
-            raise ValueError("`keep: highest` and `by: <measure>` go together")
-        return self
 
     def prepare(self, frame: pl.DataFrame, kit: Kit) -> pl.DataFrame:
         """`vector`: float32 [d] of unit length; `length`: characters of the text."""
-        lengths = [len(text) for text in row_texts(frame, self.over)]
-        return embedded(frame, self.over, self.embedder, kit).with_columns(
-            pl.Series("length", lengths, pl.Int64())
-        )
+        lengths = text_column(frame, self.over).str.len_chars().cast(pl.Int64)
+        return embedded(frame, self.over, self.embedder, kit).with_columns(lengths.alias("length"))
 
-    def apply(self, table: pl.LazyFrame, kit: Kit) -> Split:
-        rows = table.select("id", "vector").collect()
-        vectors = vectors_of(rows)
-        pairs = pairs_over(vectors, self.threshold)
-        order = priority(table, self.keep, self.by, pl.col("length"))
-        stands, similarity = representatives(vectors, pairs, order, self.linkage)
-        sizes = np.bincount(stands, minlength=len(stands))
-        marked = rows.select("id").with_columns(
-            pl.Series("related", rows["id"].to_numpy()[stands], pl.String()),
-            pl.Series("similarity", similarity, pl.Float64()),
-            pl.Series("measure.cluster_size", sizes, pl.Float64()),
-        )
-        stays = pl.col("id") == pl.col("related")
-        dropped = marked.filter(~stays).select(
-            "id",
-            "related",
-            "similarity",
-            reason=pl.lit("near_duplicate"),
-            detail=pl.format(
-                "cosine {} to a row that stays", pl.col("similarity").round(4).cast(pl.String)
-            ),
-        )
-        return Split(marked.filter(stays).select("id", "measure.cluster_size"), dropped)
+    def comparison(self, rows: pl.LazyFrame, reference: pl.DataFrame) -> _Cosines:
+        vectors = vectors_of(rows.select("vector").collect())
+        ours = len(vectors)
+        if reference.height:
+            theirs = vectors_of(reference)
+            vectors = np.concatenate([vectors, theirs]) if ours else theirs
+        return _Cosines(vectors, ours, self.threshold)
+
+    @property
+    def linked(self) -> Linkage:
+        return self.linkage
+
+    def detail(self) -> pl.Expr:
+        cosine = pl.col("similarity").round(4).cast(pl.String)
+        return pl.format("cosine {} to {}", cosine, pl.col("whose"))

@@ -81,10 +81,16 @@ def test_one_of_each_group_stays_and_the_others_name_it(keep, stays, tmp_path):
     assert set(split.dropped["detail"]) == {"same prompt as a row that stays"}
 
 
-def test_of_equally_long_rows_the_first_stays(tmp_path):
+def test_of_equally_long_rows_the_one_with_the_smaller_id_stays(tmp_path):
     rows = [prompt(text) for text in ("b a!", "b a?", "B A.")]
     split = applied(Exact(keep="longest"), Prompt, rows, tmp_path)
-    assert split.kept["id"].to_list() == [rows[0].id]
+    assert split.kept["id"].to_list() == [min(row.id for row in rows)]
+
+
+def test_the_row_that_stays_knows_how_many_said_the_same(tmp_path):
+    rows = [prompt(text) for text in TEXTS]
+    split = applied(Exact(), Prompt, rows, tmp_path)
+    assert split.kept["measure.cluster_size"].to_list() == [3.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("seed", range(5))
