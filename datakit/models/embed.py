@@ -1,33 +1,29 @@
-"""Texts to unit vectors, each distinct text once: embedders and the vector cache."""
+"""Texts to unit vectors: the embedders. `CachedEmbedder` keeps what they give."""
 
-import hashlib
 import importlib
 import re
-import sqlite3
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from datakit.errors import InputError, MissingExtra, OutsideError
+from datakit.models.devices import Replica, devices_for, encode_over, replicas
 from datakit.models.specs import PACKAGED_MODEL, EmbedSpec, HashingSpec, SentenceTransformersSpec
+from datakit.models.vector_cache import CachedEmbedder, Embedder, Vectors, unit
 from datakit.text import normalise
 
-Vectors = NDArray[np.float32]
+__all__ = [
+    "CachedEmbedder",
+    "Embedder",
+    "Hashing",
+    "SentenceTransformers",
+    "Vectors",
+    "open_embedder",
+]
 
 _WORD = re.compile(r"\w+")
-
-
-class Embedder(Protocol):
-    """`encode` gives float32 [n, d] of unit length, row i for text i."""
-
-    @property
-    def identity(self) -> str: ...
-
-    def encode(self, texts: Sequence[str]) -> Vectors: ...
 
 
 class Hashing:
@@ -45,51 +41,59 @@ class Hashing:
             grams = _WORD.findall(folded) + [padded[i : i + 3] for i in range(len(padded) - 2)]
             for gram in grams:
                 vectors[row, zlib.crc32(gram.encode()) % self._size] += 1
-        return _unit(vectors)
+        return unit(vectors)
 
 
 class SentenceTransformers:
-    """A sentence-transformers model, loaded with the first text."""
+    """A sentence-transformers model, loaded with the first text, on every device of its spec."""
 
     def __init__(self, spec: SentenceTransformersSpec) -> None:
         self._spec = spec
-        self._model: Any = None
+        self._models: list[Replica] = []
+        self._precision = spec.resolved_precision()
+        self.stored_as = "float32" if self._precision == "float32" else "float16"
         self.identity = spec.resolved_identity()
         if spec.max_tokens is not None:
             self.identity += f"/{spec.max_tokens}"
+        if self._precision != "float32":
+            self.identity += f"+{self._precision}"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        if self._model is None:
-            self._model = self._load()
-        vectors = self._model.encode(
-            list(texts),
-            batch_size=self._spec.batch_size,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
-        return _unit(np.asarray(vectors, np.float32))
+        """float32 [n, d]; raises InputError where the precision does not hold the numbers."""
+        if not self._models:
+            self._models = self._load()
+        vectors = encode_over(self._models, texts or [""])[: len(texts)]
+        if not np.isfinite(vectors).all():
+            raise InputError(
+                f"in {self._precision} the embedder {self.identity!r} gives vectors that are not "
+                "numbers; set its precision to bfloat16 or float32"
+            )
+        return unit(vectors)
 
-    def _load(self) -> Any:
+    def _load(self) -> list[Replica]:
+        spec = self._spec
         try:
+            import torch
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise MissingExtra(
                 "embedding needs sentence-transformers; pip install 'datakit[embed]'"
             ) from error
-        name = self._spec.model
+        is_half_by_itself = spec.precision == "auto" and self._precision != "float32"
+        devices = devices_for(spec.devices, is_half_by_itself)
+        name = spec.model
         if name == "packaged":
             name = str(importlib.import_module(PACKAGED_MODEL).get_model_path())
         try:
             _silence_loading()
-            model = SentenceTransformer(
-                name, revision=self._spec.revision or None, device=self._spec.device
-            )
+            # On the CPU first: no GPU then holds it in a precision or a number that it need not.
+            model: Any = SentenceTransformer(name, revision=spec.revision or None, device="cpu")
         except (OSError, ValueError) as error:
             raise OutsideError(f"cannot load the embedder {name!r}: {error}") from error
-        if self._spec.max_tokens is not None:
-            model.max_seq_length = self._spec.max_tokens
-        return model
+        model = model.to(getattr(torch, self._precision)).eval()
+        if spec.max_tokens is not None:
+            model.max_seq_length = spec.max_tokens
+        return replicas(model, devices, None if spec.batch_size == "auto" else spec.batch_size)
 
 
 def _silence_loading() -> None:
@@ -108,69 +112,3 @@ def open_embedder(spec: EmbedSpec) -> Embedder:
             return SentenceTransformers(spec)
         case _:
             raise InputError(f"model {spec.model!r} answers requests, it does not embed")
-
-
-class CachedEmbedder:
-    """An embedder that never embeds a text twice: vectors by text hash in `vectors.sqlite`."""
-
-    def __init__(self, inner: Embedder, folder: Path) -> None:
-        self._inner = inner
-        self.identity = inner.identity
-        path = folder / "vectors.sqlite"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS vectors (embedder TEXT, text BLOB, vector BLOB, "
-                "PRIMARY KEY (embedder, text)) WITHOUT ROWID"
-            )
-        except (sqlite3.Error, OSError) as error:
-            raise OutsideError(f"cannot open the vectors {str(path)!r}: {error}") from error
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """float32 [n, d], unit length."""
-        try:
-            return self._encoded(texts)
-        except sqlite3.Error as error:
-            raise OutsideError(f"the vector cache cannot be used: {error}") from error
-
-    def _encoded(self, texts: Sequence[str]) -> Vectors:
-        keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
-        known = self._known(set(keys))
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-        if missing:
-            fresh = self._inner.encode(list(missing.values()))
-            known |= dict(zip(missing, fresh, strict=True))
-            rows = [
-                (self.identity, key, vector.tobytes())
-                for key, vector in zip(missing, fresh, strict=True)
-            ]
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows)
-            self._db.execute("COMMIT")
-        if not keys:
-            return np.zeros((0, 1), np.float32)
-        return np.stack([known[key] for key in keys])
-
-    def _known(self, keys: set[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        found: dict[bytes, NDArray[np.float32]] = {}
-        ordered = sorted(keys)
-        for start in range(0, len(ordered), 500):
-            some = ordered[start : start + 500]
-            marks = ",".join("?" * len(some))
-            sql = f"SELECT text, vector FROM vectors WHERE embedder = ? AND text IN ({marks})"  # noqa: S608
-            for key, blob in self._db.execute(sql, [self.identity, *some]):
-                found[key] = np.frombuffer(blob, np.float32)
-        return found
-
-    def close(self) -> None:
-        """Close the cache."""
-        self._db.close()
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    """Rows scaled to length one; a zero row stays zero."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)

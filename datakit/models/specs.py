@@ -339,14 +339,49 @@ class SentenceTransformersSpec(EmbedSpec):
     """A sentence-transformers model.
 
     model: `packaged` (all-MiniLM-L6-v2 from its package, no network), a local folder, or a Hub
-    name. device: None lets torch choose.
+    name. batch_size: texts at a time; `auto` goes by their tokens, and either is halved when a
+    GPU's memory runs out. device: as torch names it, `cpu` or `cuda:1`, or several that share the
+    texts; by default every CUDA GPU, else what torch has. precision: `auto` is float16 on CUDA
+    GPUs and float32 elsewhere; other precisions are other vectors, kept apart.
     """
 
     kind: Literal["sentence_transformers"]
     model: str = "packaged"
     max_tokens: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    device: str | None = None
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    device: str | tuple[str, ...] | None = None
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+
+    @field_validator("device")
+    @classmethod
+    def _names_a_device(cls, given: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if given is not None and not all(_listed(given)):
+            raise ValueError("names no device")
+        if given == ():
+            raise ValueError("names no device")
+        return given
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that are named; none where torch may choose."""
+        return _listed(self.device)
+
+    def resolved_precision(self) -> Literal["float32", "float16", "bfloat16"]:
+        """What `auto` means on this machine; told without loading torch."""
+        if self.precision != "auto":
+            return self.precision
+        from datakit.models.devices import has_cuda
+
+        names = self.devices
+        on_cuda = any(name.startswith("cuda") for name in names) if names else has_cuda()
+        return "float16" if on_cuda else "float32"
+
+    def fingerprint(self) -> str:
+        """As of every model; the precision counts as it is here, and float32 is not mentioned."""
+        fields = self.model_dump(mode="json", exclude={*INERT, "model", "revision", "precision"})
+        precision = self.resolved_precision()
+        named = {} if precision == "float32" else {"precision": precision}
+        return digest(fields | named | {"identity": self.resolved_identity()})
 
     def resolved_identity(self) -> str:
         """The packaged model's version, a folder's weights, or the Hub name and revision."""

