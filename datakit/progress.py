@@ -49,6 +49,8 @@ class Progress(Watch):
         self._counts: dict[str, _Count] = defaultdict(_Count)
         self._began = time.monotonic()
         self._last_line = self._began
+        self._vectors = self._vectors_before = 0
+        self._embedding_since: float | None = None
         self._live: Live | None = None
         if self._console.is_terminal:
             self._live = Live(
@@ -91,6 +93,15 @@ class Progress(Watch):
         count.dropped += done.dropped_rows
         count.unanswered += done.unanswered
 
+    def embedded(self, role: str, done: int, of: int) -> None:
+        if self._embedding_since is None:
+            self._embedding_since = time.monotonic()
+        if done == 0:
+            self._vectors_before = self._vectors
+        self._vectors = self._vectors_before + done
+        if self._live is None and time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._line()
+
     def work_done(self, aliases: Sequence[str]) -> None:
         for alias in aliases if self._live is None else ():
             count = self._counts[alias]
@@ -111,6 +122,9 @@ class Progress(Watch):
         seconds = max(time.monotonic() - self._began, 1e-3)
         calls = f"calls: {meter.sent:,} sent ({meter.sent / seconds:,.1f}/s)"
         calls += f", {meter.replayed:,} replayed, {meter.failed:,} failed tries"
+        if self._embedding_since is not None:
+            rate = self._vectors / max(time.monotonic() - self._embedding_since, 1e-3)
+            calls += f"; {self._vectors:,} texts embedded ({rate:,.0f}/s)"
         tokens = f"tokens: {meter.input_tokens:,} in, {meter.output_tokens:,} out"
         return f"{calls}; {tokens}; {seconds:,.0f} s{self._left(seconds)}"
 

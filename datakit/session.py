@@ -1,6 +1,7 @@
 """The handles of a run: models, embedders and ledger, opened from plain settings."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,9 @@ class Watch:
     def part_done(self, done: Done) -> None:
         """A part is finished, or was found finished."""
 
+    def embedded(self, role: str, done: int, of: int) -> None:
+        """`done` of the `of` texts that one call must embed are done; 0 begins a call."""
+
     def work_done(self, aliases: Sequence[str]) -> None:
         """A work over these steps is finished."""
 
@@ -119,7 +123,8 @@ class Session:
             inner = self._shared(role, spec, given, self._book)
             self._chats[role] = Ledgered(inner, spec, self._book, price, role)
         elif isinstance(spec, EmbedSpec) and role not in self._embedders:
-            self._embedders[role] = CachedEmbedder(open_embedder(spec), self.settings.state)
+            heard = partial(self.watch.embedded, role)
+            self._embedders[role] = CachedEmbedder(open_embedder(spec), self.settings.state, heard)
 
     def _opened_book(self) -> Book:
         settings = self.settings

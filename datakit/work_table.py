@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from datakit.engine import Work
+from datakit.engine import WIDE_PART, Work
 from datakit.errors import BugError, blamed
 from datakit.kit import Kit
 from datakit.recipe import PlacedStep
@@ -40,23 +40,48 @@ def whole_table(work: Work, session: Session) -> Done:
     return done
 
 
-def _prepared(
-    store: Store, work: Work, placed: PlacedStep, step: Any, chunk: Chunk, kit: Kit
-) -> Chunk:
+def _prepared(store: Store, work: Work, placed: PlacedStep, step: Any, kit: Kit) -> list[Chunk]:
+    """What the step prepares of each part; that of many small parts is made together.
+
+    A GPU that is handed two hundred texts at a time has little to do.
+    """
     inert = frozenset(type(step).model_fields) - step.prepared_by
     outside = step.prepared_fingerprint(kit)
-    key = part_key(placed, "prepared", [chunk.digest], work.settings, kit, inert, outside)
-    done = store.find(key)
-    if done is None:
-        frame = store.read(chunk)
+    keys = [
+        part_key(placed, "prepared", [chunk.digest], work.settings, kit, inert, outside)
+        for chunk in work.inputs
+    ]
+    found = [store.find(key) for key in keys]
+    new = [place for place, done in enumerate(found) if done is None]
+    for run in _runs(new, [work.inputs[place].rows for place in new]):
+        frames = [store.read(work.inputs[place]) for place in run]
+        frame = pl.concat(frames)
         with blamed(placed.alias, "preparing its table"):
             made: pl.DataFrame = step.prepare(frame, kit)
         if made["id"].to_list() != frame["id"].to_list():
             raise BugError(f"step {placed.alias!r}: prepare must keep the rows and their order")
-        done = store.save(
-            key, placed.alias, placed.name, "", frame.height, [made], [], hashed=False
-        )
-    return done.chunks[0]
+        start = 0
+        for place, part in zip(run, frames, strict=True):
+            piece = made.slice(start, part.height)
+            start += part.height
+            found[place] = store.save(
+                keys[place], placed.alias, placed.name, "", part.height, [piece], [], hashed=False
+            )
+    return [done.chunks[0] for done in found if done is not None]
+
+
+def _runs(places: Sequence[int], rows: Sequence[int]) -> Iterator[list[int]]:
+    """Places of neighbours that hold some `WIDE_PART` rows together."""
+    run: list[int] = []
+    size = 0
+    for place, count in zip(places, rows, strict=True):
+        run.append(place)
+        size += count
+        if size >= WIDE_PART:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
 
 
 def _decided(
@@ -72,7 +97,7 @@ def _decided(
     inputs = work.inputs
     table = store.scan(inputs, kind.table_schema())
     if prepares(step):
-        prepared = [_prepared(store, work, placed, step, chunk, kit) for chunk in inputs]
+        prepared = _prepared(store, work, placed, step, kit)
         extra = store.scan(prepared, pl.Schema()).drop("id")
         table = pl.concat([table, extra], how="horizontal")
     split = applied(placed, table, kit)
