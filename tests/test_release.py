@@ -221,13 +221,14 @@ def test_an_empty_dataset_is_not_published(go, tmp_path):
 
 
 def test_only_what_was_dropped_may_change_and_that_is_a_version_too(go, tmp_path):
-    steps = [LINE["steps"][0], {"step": "curation.exact"}, LINE["steps"][1]]
-    recipe = LINE | {"steps": steps}
+    # Row 201 says `question 10`, which is too short.
+    short = {"step": "curation.length", "over": "prompt", "min_characters": len("question 100")}
+    recipe = LINE | {"steps": [LINE["steps"][0], short, LINE["steps"][1]]}
     first = go(recipe=recipe)
     second = go("steps.numbers.rows=201", recipe=recipe)
     assert second.manifest.digest == first.manifest.digest
     assert second.manifest.version == "1.0.1"
-    assert pl.read_parquet(second.folder / "rejects.parquet").height == 11
+    assert pl.read_parquet(second.folder / "rejects.parquet").height == 111
     assert second.manifest.funnel[0].rows_in == 201
 
 

@@ -145,8 +145,10 @@ def rbf_entropy(
         else:
             best = int(np.where(room.open, blend.keys(now, unit, every), -np.inf).argmax())
         count = len(rows)
-        kernel = np.exp((vectors @ vectors[best] - 1) / width**2)
-        known = factor[:count, best] @ factor[:count]
+        # Some BLAS kernels raise the flag for lanes that hold nothing.
+        with np.errstate(invalid="ignore"):
+            kernel = np.exp((vectors @ vectors[best] - 1) / width**2)
+            known = factor[:count, best] @ factor[:count]
         column = (kernel - known) / np.sqrt(max(left[best], 0) + noise)
         factor[count] = column
         rows.append(best)

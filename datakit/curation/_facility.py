@@ -19,7 +19,7 @@ DENSE = 4096
 EXACT_GRAPH = 20_000
 """Tables of up to so many rows have an exact graph."""
 
-REACH = 0.5
+REACH = 0.6
 """The share of a larger table that each row is compared with."""
 
 _ONE = 1 << 30
