@@ -185,12 +185,20 @@ def _reidentified(
     before: pl.DataFrame, after: pl.DataFrame, alias: str, kind: type[Record]
 ) -> pl.DataFrame:
     """Rows whose own fields a step rewrote become derived rows of what they were."""
+    said = pl.struct(kind.own).struct.json_encode()
+    was = after.select("id").join(before, on="id", how="left", maintain_order="left")
+    changed = after.select(said).to_series() != was.select(said).to_series()
     frames = [after.clear()]
-    for new in after.iter_slices(BATCH):
-        old = new.select("id").join(before, on="id", how="left", maintain_order="left")
+    pieces = zip(
+        after.filter(changed).iter_slices(BATCH),
+        was.filter(changed).iter_slices(BATCH),
+        strict=True,
+    )
+    for new, old in pieces:
         both = zip(from_frame(kind, new), from_frame(kind, old), strict=True)
-        frames.append(to_frame(kind, [derived(row, [was], alias, 0) for row, was in both]))
-    return pl.concat(frames)
+        frames.append(to_frame(kind, [derived(row, [one], alias, 0) for row, one in both]))
+    places = pl.concat([(~changed).arg_true(), changed.arg_true()])
+    return pl.concat([after.filter(~changed), *frames])[places.arg_sort()]
 
 
 def conserve(alias: str, rows: pl.DataFrame, kept: pl.DataFrame, dropped: pl.DataFrame) -> None:
