@@ -32,9 +32,12 @@ _SLOWED = 2.5
 _AGING_S = 60.0
 """After so long, the best time to an answer counts for twice as much."""
 _LEAST_SAMPLES = 32
-_SHARE_STEP = 0.01
 _TOO_MANY = 0.15
-"""Refused of the last hundred requests: beyond it the endpoint has too much on its hands."""
+"""Refused of the last requests: beyond it the endpoint has too much on its hands."""
+_LAST = 100
+_LAST_WINDOWS = 4
+"""So many, and so many windows: refusals come at once and answers later, so that of one window's
+requests the refused are seen first."""
 _DRAW_S = 0.1
 
 
@@ -64,10 +67,15 @@ class Place:
         # After a failure, one request tries whether the address is back.
         return self.in_flight < (1 if self.failures >= _SUSPECT else int(self.window))
 
+    @property
+    def _weight(self) -> float:
+        """What one request counts in the share of refusals."""
+        return 1 / max(_LAST, _LAST_WINDOWS * self.window)
+
     def answered(self, took_s: float, widest: float) -> None:
         """An answer came: the window may grow while it was in use and answers come quickly."""
         self.failures = 0
-        self._refusals -= _SHARE_STEP * self._refusals
+        self._refusals -= self._weight * self._refusals
         self._samples += 1
         weight = max(1 / self._samples, 1 / _LEAST_SAMPLES)
         self._recent_s += weight * (took_s - self._recent_s)
@@ -88,7 +96,7 @@ class Place:
 
         A refusal now and then, which says no time to wait, is no sign of that.
         """
-        self._refusals += _SHARE_STEP * (1 - self._refusals)
+        self._refusals += self._weight * (1 - self._refusals)
         if wait_s is None and self._refusals < _TOO_MANY:
             return
         now = time.monotonic()

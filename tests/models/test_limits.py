@@ -129,7 +129,7 @@ def test_the_load_is_spread_by_room():
 
 def test_the_window_halves_once_for_all_that_were_on_their_way():
     place, sent_at = Place(ONE, 32), time.monotonic()
-    for _ in range(20):
+    for _ in range(30):
         place.refused(sent_at, None)
     assert place.window == 16
     place.refused(time.monotonic(), None)
@@ -138,6 +138,17 @@ def test_the_window_halves_once_for_all_that_were_on_their_way():
         place.refused(time.monotonic(), None)
     assert place.window == 1
     assert place.has_room(time.monotonic())
+
+
+def test_refusals_that_come_before_the_answers_sent_with_them_do_not_halve_the_window():
+    # Of each window 20 are refused, at once, and the others answered half a second later.
+    place = Place(ONE, 256)
+    for _ in range(20):
+        for _ in range(20):
+            place.refused(time.monotonic(), None)
+        for _ in range(236):
+            place.answered(0.5, 256)
+    assert place.window == 256
 
 
 def load(place, rounds, latency, widest=2048):
