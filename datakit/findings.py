@@ -7,7 +7,7 @@ but its kind. `sided_texts` lays the texts of any record table out for them.
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import polars as pl
 
@@ -24,16 +24,7 @@ Side = Literal[
 """Where a text stands in its row. A pair of prompts has its two prompts in `prompt.chosen` and
 `prompt.rejected`, so that a measure named after its side follows `Pair.swap`."""
 
-SIDES: tuple[Side, ...] = (
-    "prompt",
-    "prompt.chosen",
-    "prompt.rejected",
-    "chosen",
-    "rejected",
-    "draft",
-    "edited",
-    "response",
-)
+SIDES: tuple[Side, ...] = get_args(Side)
 PROMPTS: tuple[Side, ...] = SIDES[:3]
 ANSWERS: tuple[Side, ...] = SIDES[3:]
 
